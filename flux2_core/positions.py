@@ -1,0 +1,69 @@
+"""Where each token stands: 4-axis ids (t, row, column, l) and their rotary tables.
+
+Text lives on the last axis only, pictures on the first three. Reference i (from 0) has the time
+coordinate 10 + 10 i and its own grid from (0, 0).
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+REFERENCE_T = 10  # time coordinate of the first reference, and the step to the next
+
+
+def text_ids(length: int) -> Tensor:
+    """-> (length, 4): (0, 0, 0, l)."""
+    ids = torch.zeros(length, 4, dtype=torch.float64)
+    ids[:, 3] = torch.arange(length)
+    return ids
+
+
+def picture_ids(height: int, width: int, t: float = 0) -> Tensor:
+    """-> (height * width, 4): (t, row, column, 0), row by row."""
+    ids = torch.zeros(height, width, 4, dtype=torch.float64)
+    ids[..., 0] = t
+    ids[..., 1] = torch.arange(height)[:, None]
+    ids[..., 2] = torch.arange(width)
+    return ids.reshape(-1, 4)
+
+
+def sequence_ids(text: int, picture: tuple[int, int], references: tuple[tuple[int, int], ...] = ()) -> Tensor:
+    """Ids of the whole sequence [text, picture, reference 0, reference 1, ...] -> (T, 4)."""
+    parts = [text_ids(text), picture_ids(*picture)]
+    parts += [picture_ids(h, w, REFERENCE_T * (i + 1)) for i, (h, w) in enumerate(references)]
+    return torch.cat(parts)
+
+
+def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Tensor, Tensor]:
+    """(T, axes) -> cos, sin, each (T, sum(axes_dim) / 2), float32; angles in float64.
+
+    Frequencies of axis a: theta^(-2i / axes_dim[a]); the axes lie one after the other.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        angles.append(ids[:, axis, None].double() * frequency)
+    angle = torch.cat(angles, -1)
+    return angle.cos().float(), angle.sin().float()
+
+
+@lru_cache(maxsize=16)
+def rope_table(
+    text: int,
+    picture: tuple[int, int],
+    references: tuple[tuple[int, int], ...],
+    axes_dim: tuple[int, ...],
+    theta: float,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """`rope` of a whole sequence, kept between steps: the table of 20,000 tokens is no small work."""
+    with torch.inference_mode(False), torch.no_grad():
+        cos, sin = rope(sequence_ids(text, picture, references), axes_dim, theta)
+    return cos.to(device), sin.to(device)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn consecutive pairs (2i, 2i + 1) of x (..., T, D) by the table (T, D / 2), in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
