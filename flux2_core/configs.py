@@ -178,9 +178,9 @@ def variants_of(config: TransformerConfig) -> list[Variant]:
 
 
 def count(shapes: Shapes, name: str) -> int:
-    """How many numbered blocks `name.0.` ... there are (the highest number plus one)."""
-    numbers = [int(m[1]) for key in shapes if (m := re.match(rf"{re.escape(name)}\.(\d+)\.", key))]
-    return max(numbers, default=-1) + 1
+    """How many different numbered blocks `name.0.`, `name.1.` ... there are."""
+    pattern = re.compile(rf"{re.escape(name)}\.(\d+)\.")
+    return len({m[1] for key in shapes if (m := pattern.match(key))})
 
 
 def _plain(config: TransformerConfig) -> TransformerConfig:

@@ -1,0 +1,223 @@
+"""Loaders: a file's weights -> our networks, strictly and without a second copy in memory.
+
+A network is built without memory (meta device), then given the file's own mapped tensors. Every
+weight must be in the file, and the file must hold nothing else.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .autoencoder import AutoEncoder, detect_autoencoder
+from .configs import TEXT_ENCODERS, VARIANTS, TransformerConfig, Variant, detect, variants_of
+from .errors import Flux2Error
+from .files import Checkpoint, open_checkpoint
+from .keymaps import AUTOENCODER, SPELLINGS, TRANSFORMER, to_bfl
+from .recognise import check_precision, stranger
+from .transformer import Flux2Transformer
+
+Network = TypeVar("Network", bound=nn.Module)
+
+NANO_FILES = {
+    kind: Path(__file__).parent / "nano" / f"nano_{name}.safetensors"
+    for kind, name in (("transformer", "transformer"), ("vae", "vae"), ("text_encoder", "text"))
+}
+
+# A name that ends so is in every file of the kind; what stands before it is the file's prefix.
+MARKS = {
+    "transformer": (
+        "double_stream_modulation_img.lin.weight",
+        "double_stream_modulation_img.linear.weight",
+    ),
+    "vae": ("decoder.conv_in.weight",),
+}
+RULES = {"transformer": TRANSFORMER + SPELLINGS, "vae": AUTOENCODER}
+NETWORKS: dict[str, tuple[Callable, Callable]] = {
+    "transformer": (detect, Flux2Transformer),
+    "vae": (detect_autoencoder, AutoEncoder),
+}
+OPTIONAL = {"bn.num_batches_tracked"}  # a training counter: not every file has it
+
+
+def load_transformer(
+    path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None, device="cpu"
+) -> Flux2Transformer:
+    """A file, a folder, an index of shards, or "nano" -> the transformer, `model.variant` its Variant.
+
+    `variant` is a name of VARIANTS, needed only where `choose_variant` cannot tell. `dtype` None is
+    what the file has most of; weights that have it stay mapped from the file.
+    Raises Flux2Error for any file that is not one whole FLUX.2 transformer.
+    """
+    state, metadata, config = read_state_dict(path, "transformer")
+    chosen = choose_variant(locate(path, "transformer"), config, metadata, variant)
+    model = _fill(Flux2Transformer, chosen.transformer, state, dtype, device)
+    model.variant = chosen
+    return model
+
+
+def load_autoencoder(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device="cpu",
+) -> AutoEncoder:
+    """As `load_transformer`. `base` is a whole VAE's file whose encoder and statistics serve a file
+    that holds a decoder alone. The statistics are float32 in any case."""
+    state, _, config = read_state_dict(path, "vae", base=base)
+    return _fill(AutoEncoder, config, state, dtype, device)
+
+
+def read_state_dict(
+    path: str | Path, kind: str, *, base: str | Path | None = None
+) -> tuple[dict[str, Tensor], Mapping[str, str], Any]:
+    """`kind` transformer or vae -> (weights under BFL names, the file's metadata, its config).
+
+    The weights are mapped from the file, in its own dtypes, complete and of the right shapes.
+    """
+    checkpoint = open_checkpoint(locate(path, kind), kind)
+    state = _state(checkpoint, kind)
+    if base is not None and "encoder.conv_in.weight" not in state:
+        whole = _state(open_checkpoint(locate(base, kind), kind), kind)
+        state = {f"decoder.{name}": tensor for name, tensor in state.items()}
+        state |= {name: tensor for name, tensor in whole.items() if not name.startswith("decoder.")}
+    find, network = NETWORKS[kind]
+    config = find({name: tuple(tensor.shape) for name, tensor in state.items()})
+    with torch.device("meta"):
+        check_keys(state, network(config).state_dict(), checkpoint.path.name)
+    return state, checkpoint.metadata, config
+
+
+def locate(path: str | Path, kind: str) -> Path:
+    """The name "nano" means the built-in network; anything else is a path."""
+    return NANO_FILES[kind] if str(path) == "nano" else Path(path)
+
+
+def check_keys(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: str) -> None:
+    """Raise unless both have the same names and shapes; the error names the first few."""
+    missing = [name for name in wanted if name not in state and name not in OPTIONAL]
+    extra = [name for name in state if name not in wanted]
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    seen = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for what, names in (("missing", missing), ("unknown", extra), ("of a wrong shape", wrong))
+        if names
+    ]
+    if seen:
+        raise Flux2Error(
+            f"The weights in {file} do not fit the model",
+            "; ".join(seen),
+            "Choose a complete, unmodified file",
+        )
+
+
+def choose_variant(
+    path: str | Path,
+    config: TransformerConfig,
+    metadata: Mapping[str, str],
+    variant: str | None = None,
+) -> Variant:
+    """Which released model a file is: `variant` if given, else the file's metadata, else its name.
+
+    Weights alone cannot tell klein from klein base and klein KV; a name that says nothing means
+    the distilled one. Shapes that no release has give a Variant called "custom".
+    """
+    fitting = {v.name: v for v in variants_of(config)}
+    name = variant or _metadata_variant(metadata)
+    if name and name not in fitting:
+        known = ", ".join(fitting or VARIANTS)
+        raise Flux2Error(
+            f"This file is not {VARIANTS[name].label if name in VARIANTS else name}",
+            f"width {config.hidden_size}, {config.double_blocks} double and {config.single_blocks} "
+            f"single blocks, which fits {', '.join(fitting) or 'no released model'}",
+            f"Set variant to auto, or to one of {known}",
+        )
+    if name:
+        return fitting[name]
+    return _named(Path(path), list(fitting.values())) if fitting else _custom(config)
+
+
+def _metadata_variant(metadata: Mapping[str, str]) -> str | None:
+    """The variant our own files declare: flux2_kit = {"variant": ...}."""
+    try:
+        name = json.loads(metadata.get("flux2_kit", "{}")).get("variant")
+    except (ValueError, AttributeError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _named(path: Path, fitting: list[Variant]) -> Variant:
+    """base and kv in the file's name, or in the nearest folder's that says klein."""
+    parts = [path.stem, *(parent.name for parent in path.parents)]
+    name = next((part for part in parts if "klein" in part.lower()), path.stem)
+    said = {"base", "kv"} & set(re.split(r"[^a-z0-9]+", name.lower()))
+    return next((v for v in fitting if {"base", "kv"} & set(v.name.split("-")) == said), fitting[0])
+
+
+def _custom(config: TransformerConfig) -> Variant:
+    encoders = [
+        name for name, text in TEXT_ENCODERS.items() if text.context_dim == config.context_dim
+    ]
+    kind = "embedded" if config.guidance_embed else "cfg"
+    return Variant(
+        "custom", "FLUX.2 (custom)", config, encoders[0] if encoders else "", 50, 4.0, kind
+    )
+
+
+def _state(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
+    """The weights of one network in a file that may hold several."""
+    names = _select(checkpoint, kind)
+    check_precision(
+        {name: checkpoint.tensors[stored] for name, stored in names.items()}, checkpoint.path.name
+    )
+    return to_bfl(checkpoint.load(names), RULES[kind])
+
+
+def _select(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
+    """{name without prefix: name in the file} of the network that has the kind's mark."""
+    tensors = checkpoint.tensors
+    if kind == "vae" and {"conv_in.weight", "post_quant_conv.weight"} <= tensors.keys():
+        return {name: name for name in tensors}  # a decoder alone
+    for mark in MARKS[kind]:
+        prefixes = [name.removesuffix(mark) for name in tensors if name.endswith(mark)]
+        if prefixes:
+            prefix = min(prefixes, key=len)
+            return {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    raise stranger(tensors, kind, checkpoint.path.name)
+
+
+def _fill(
+    network: Callable[[Any], Network], config, state: Mapping[str, Tensor], dtype, device
+) -> Network:
+    with torch.device("meta"):
+        model = network(config)
+    model.load_state_dict(_cast(state, dtype or usual_dtype(state)), assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Numbers to `dtype`, the autoencoder's statistics to float32, counters as they are."""
+    return {
+        name: tensor.to(torch.float32 if name.startswith("bn.") else dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def usual_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that most weights have; bf16 where that is FP8, which nothing computes in."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in state.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return most if most in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
