@@ -63,7 +63,12 @@ def rope_table(
     return cos.to(device), sin.to(device)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn consecutive pairs (2i, 2i + 1) of x (..., T, D) by the table (T, D / 2), in float32."""
+def rotate(x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    """Turn consecutive pairs (2i, 2i + 1) of x (..., T, D) by the table (T, D / 2), in float32.
+
+    Without a table x stays as it is: a host turns it inside its own attention, after its patches.
+    """
+    if cos is None:
+        return x
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
