@@ -8,6 +8,7 @@ from .errors import Flux2Error
 
 PIXELS = 16  # pixels a side per latent position
 CHANNELS = 128
+EPS = 1e-4  # of the statistics' variance
 
 
 def pack(z: Tensor) -> Tensor:
@@ -18,6 +19,27 @@ def pack(z: Tensor) -> Tensor:
 def unpack(x: Tensor) -> Tensor:
     """The inverse of `pack`."""
     return rearrange(x, "b (c i j) h w -> b c (h i) (w j)", i=2, j=2)
+
+
+def normalise(z: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """(B, 128, h, w) as packed -> what the transformer reads: (z - mean) / sqrt(var + 1e-4).
+
+    `mean` and `var` (128,) are the file's batch-norm statistics. The arithmetic is float32 whatever
+    z is: it costs nothing here, and bf16 would round the offsets away.
+    """
+    mean, std = _statistics(z, mean, var)
+    return ((z.float() - mean) / std).to(z.dtype)
+
+
+def denormalise(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    """The inverse of `normalise`."""
+    mean, std = _statistics(x, mean, var)
+    return (x.float() * std + mean).to(x.dtype)
+
+
+def _statistics(x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    mean, var = (v.to(x.device, torch.float32).view(1, -1, 1, 1) for v in (mean, var))
+    return mean, torch.sqrt(var + EPS)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -40,7 +62,9 @@ def noise(seed: int, *, width: int, height: int, batch: int = 1) -> Tensor:
     draws = []
     for i in range(batch):
         generator = torch.Generator("cpu").manual_seed(seed + i)
-        draws.append(torch.randn(1, CHANNELS, height // PIXELS, width // PIXELS, generator=generator))
+        draws.append(
+            torch.randn(1, CHANNELS, height // PIXELS, width // PIXELS, generator=generator)
+        )
     return torch.cat(draws)
 
 
