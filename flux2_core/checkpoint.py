@@ -41,6 +41,10 @@ NETWORKS: dict[str, tuple[Callable, Callable]] = {
     "transformer": (detect, Flux2Transformer),
     "vae": (detect_autoencoder, AutoEncoder),
 }
+DECODER_ALONE = {
+    "conv_in.weight",
+    "post_quant_conv.weight",
+}  # names of a VAE's file without encoder
 OPTIONAL = {"bn.num_batches_tracked"}  # a training counter: not every file has it
 
 
@@ -82,7 +86,7 @@ def read_state_dict(
     """
     checkpoint = open_checkpoint(locate(path, kind), kind)
     state = _state(checkpoint, kind)
-    if base is not None and "encoder.conv_in.weight" not in state:
+    if base is not None and state.keys() >= DECODER_ALONE:
         whole = _state(open_checkpoint(locate(base, kind), kind), kind)
         state = {f"decoder.{name}": tensor for name, tensor in state.items()}
         state |= {name: tensor for name, tensor in whole.items() if not name.startswith("decoder.")}
@@ -108,7 +112,7 @@ def check_keys(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: 
         if name in state and state[name].shape != tensor.shape
     ]
     seen = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        f"{len(names)} {what}: {', '.join(n[:120] for n in names[:3])}{' ...' if len(names) > 3 else ''}"
         for what, names in (("missing", missing), ("unknown", extra), ("of a wrong shape", wrong))
         if names
     ]
@@ -179,14 +183,15 @@ def _state(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
     check_precision(
         {name: checkpoint.tensors[stored] for name, stored in names.items()}, checkpoint.path.name
     )
-    return to_bfl(checkpoint.load(names), RULES[kind])
+    state = checkpoint.load(names)
+    return state if state.keys() >= DECODER_ALONE else to_bfl(state, RULES[kind])
 
 
 def _select(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
     """{name without prefix: name in the file} of the network that has the kind's mark."""
     tensors = checkpoint.tensors
-    if kind == "vae" and {"conv_in.weight", "post_quant_conv.weight"} <= tensors.keys():
-        return {name: name for name in tensors}  # a decoder alone
+    if kind == "vae" and tensors.keys() >= DECODER_ALONE:
+        return {name: name for name in tensors}
     for mark in MARKS[kind]:
         prefixes = [name.removesuffix(mark) for name in tensors if name.endswith(mark)]
         if prefixes:
