@@ -1,0 +1,66 @@
+"""What guidance means for a model: one forward with a number, or two whose difference is scaled."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .configs import Variant
+from .errors import Flux2Error
+from .transformer import Controls, Flux2Transformer
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+
+def cfg(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """negative + scale (positive - negative): at 1 the positive alone."""
+    return torch.lerp(negative, positive, scale)
+
+
+def split(variant: Variant, guidance: float | None) -> tuple[float | None, float]:
+    """The user's guidance (None or 0: what the variant wants) -> (embedded value, CFG scale).
+
+    Distilled variants have neither: whatever is asked, they get (None, 1).
+    """
+    value = guidance or variant.guidance
+    if variant.guidance_kind == "embedded":
+        return value, 1.0
+    return None, value if variant.guidance_kind == "cfg" else 1.0
+
+
+def check_negative(variant: Variant, scale: float, has_negative: bool) -> None:
+    """Raise where CFG is asked for and there is nothing to steer away from."""
+    if scale != 1.0 and not has_negative:
+        raise Flux2Error(
+            f"{variant.label} needs a negative prompt at guidance {scale:g}",
+            "none is given",
+            "Connect a second prompt to negative (an empty text is fine), or set guidance to 1",
+        )
+
+
+def velocity(
+    model: Flux2Transformer,
+    context: Tensor,
+    *,
+    negative: Tensor | None = None,
+    embedded: float | None = None,
+    scale: float = 1.0,
+    references: Sequence[Tensor] = (),
+    controls: Controls | None = None,
+) -> Velocity:
+    """-> v(x, t) with x (B, 128, h, w), t (B,); context and negative (B or 1, T, ctx).
+
+    Two forwards where scale is not 1; both get the references (source: reference implementation).
+    """
+
+    def one(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        guidance = None if embedded is None else torch.full_like(t, embedded)
+        text = text.expand(x.shape[0], -1, -1)
+        return model(x, t, text, guidance, references, controls)
+
+    def two(x: Tensor, t: Tensor) -> Tensor:
+        if scale == 1.0 or negative is None:
+            return one(x, t, context)
+        return cfg(one(x, t, context), one(x, t, negative), scale)
+
+    return two

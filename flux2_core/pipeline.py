@@ -1,0 +1,117 @@
+"""FLUX.2 without a host: from a prompt and reference pictures to a PIL image."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import latents, schedule
+from .autoencoder import AutoEncoder
+from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
+from .configs import Variant
+from .errors import Flux2Error
+from .guidance import Velocity, split, velocity
+from .references import Reference, pixels, plan, read, resolve, to_pil
+from .sampling import OnStep, denoise
+from .text_encoder import TextEncoder
+from .transformer import Flux2Transformer, encoder_for
+
+Picture = Reference | Tensor | Image.Image | str | Path
+
+
+class Paths(NamedTuple):
+    """The three files of a FLUX.2; each may be "nano". `variant` None: what the file says."""
+
+    transformer: str | Path = "nano"
+    vae: str | Path = "nano"
+    text_encoder: str | Path = "nano"
+    variant: str | None = None
+
+
+class Pipeline:
+    """pipe = Pipeline.load("nano"); pipe("a red circle on white background", seed=1).save("a.png")"""
+
+    def __init__(self, model: Flux2Transformer, vae: AutoEncoder, text: TextEncoder, variant: Variant):
+        if text.config.context_dim != model.config.context_dim:
+            raise Flux2Error(
+                "The text encoder does not belong to this model",
+                f"it gives {text.config.context_dim} values a token, the model reads {model.config.context_dim}",
+                f"Load {encoder_for(model.config.context_dim)}",
+            )
+        self.model, self.vae, self.text, self.variant = model, vae, text, variant
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def load(cls, name_or_paths="nano", *, dtype: torch.dtype | None = None, device="cpu") -> "Pipeline":
+        """`name_or_paths`: "nano", Paths, or a folder in diffusers form. `dtype` None: nano in
+        float32, everything else as in its file."""
+        source = name_or_paths
+        if isinstance(source, (str, Path)):
+            source = Paths(source, source, source)
+        how = {"dtype": dtype or (torch.float32 if source.transformer == "nano" else None), "device": device}
+        model = load_transformer(source.transformer, variant=source.variant, **how)
+        vae = load_autoencoder(source.vae, **how)
+        return cls(model, vae, load_text_encoder(source.text_encoder, **how), model.variant)
+
+    @torch.inference_mode()
+    def __call__(self, prompt: str, **options) -> Image.Image:
+        """One picture; the options are those of `sample`."""
+        return self.decode(self.sample(prompt, **options))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompt: str,
+        *,
+        references: Sequence[Picture] = (),
+        negative: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """-> the finished latent (1, 128, height / 16, width / 16). None: what the variant wants.
+
+        With true CFG and no `negative`, an empty prompt stands in for it.
+        """
+        width, height = width or self.variant.size, height or self.variant.size
+        pictures = [read(r) for r in references]
+        prompt = resolve(prompt, pictures)
+        embedded, scale = split(self.variant, guidance)
+        field = velocity(
+            self.model,
+            self.encode_text(prompt),
+            negative=self.encode_text(negative or "") if scale != 1 else None,
+            embedded=embedded,
+            scale=scale,
+            references=self.encode(pictures),
+        )
+        x = latents.noise(seed, width=width, height=height).to(self.device)
+        sigmas = schedule.sigmas(steps or self.variant.steps, width=width, height=height)
+        return denoise(self._cast(field), x, sigmas, on_step=on_step)
+
+    def encode_text(self, prompt: str) -> Tensor:
+        return self.text.encode([prompt]).to(self.device)
+
+    def encode(self, pictures: Sequence[Reference]) -> list[Tensor]:
+        """Pictures -> reference latents, in the sizes that `references.plan` gives them."""
+        fits = plan(pictures)
+        dtype = next(self.vae.parameters()).dtype
+        return [
+            self.vae.encode(pixels(r, fit).to(self.device, dtype))
+            for r, fit in zip(pictures, fits, strict=True)
+        ]
+
+    def decode(self, x: Tensor) -> Image.Image:
+        image = self.vae.decode(x.to(next(self.vae.parameters()).dtype))
+        return to_pil((image[0].float().movedim(0, -1) + 1) / 2)
+
+    def _cast(self, field: Velocity) -> Velocity:
+        """The model computes in its own dtype, the steps are summed in float32."""
+        dtype = next(self.model.parameters()).dtype
+        return lambda x, t: field(x.to(dtype), t)

@@ -1,0 +1,183 @@
+"""Reference pictures: their order, names and size rules.
+
+A reference is pixels only; nothing is encoded before the count is known, because the count decides
+how large each may be. Source of the rules: reference implementation (black-forest-labs/flux2,
+Apache-2.0); fact: one reference alone may have 2024 x 2024 pixels, two or more 1024 x 1024 each.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .errors import Flux2Error
+from .latents import PIXELS
+
+MOST = 10
+AREA_ALONE = 2024 * 2024
+AREA_EACH = 1024 * 1024
+LEAST_SIDE = 64
+WIDEST = 8  # the longer side over the shorter
+PILLOW_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # Pillow opens nothing larger
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """One reference picture and what the user wants of it.
+
+    `image` (H, W, 3) in [0, 1]; `name` is what prompts call it; `megapixels` caps its size below
+    the rule's. The other fields are at "no wish".
+    """
+
+    image: Tensor
+    name: str = ""
+    strength: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mask: Tensor | None = None
+    region: Tensor | None = None
+    megapixels: float | None = None
+    importance: float = 1.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What becomes of one reference: resized to `scaled`, then cut to `size` around its middle.
+
+    Each (width, height) in pixels.
+    """
+
+    name: str
+    seen: tuple[int, int]
+    scaled: tuple[int, int]
+    size: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        return self.size[0] * self.size[1] // PIXELS**2
+
+
+def plan(references: Sequence[Reference]) -> tuple[Fit, ...]:
+    """The size each reference will have, in order. Raises Flux2Error; changes nothing."""
+    if len(references) > MOST:
+        raise Flux2Error(
+            f"FLUX.2 takes at most {MOST} reference images",
+            f"{len(references)}",
+            f"Remove {len(references) - MOST}, or put several pictures on one sheet",
+        )
+    area = AREA_ALONE if len(references) == 1 else AREA_EACH
+    return tuple(_fit(r, label(i, r), area) for i, r in enumerate(references))
+
+
+def _fit(reference: Reference, name: str, area: float) -> Fit:
+    height, width = reference.image.shape[:2]
+    if reference.megapixels:
+        area = min(area, reference.megapixels * 1e6)
+    shrink = min(1.0, math.sqrt(area / (width * height)))
+    scaled = (int(width * shrink), int(height * shrink)) if shrink < 1 else (width, height)
+    short, long = sorted(scaled)
+    if short < LEAST_SIDE or long > WIDEST * short:
+        raise Flux2Error(
+            f"{name} is too {'small' if short < LEAST_SIDE else 'narrow'} to be a reference",
+            f"{width} x {height} pixels",
+            f"Use a picture of at least {LEAST_SIDE} pixels a side, and at most {WIDEST} times as long as wide",
+        )
+    return Fit(name, (width, height), scaled, (scaled[0] // PIXELS * PIXELS, scaled[1] // PIXELS * PIXELS))
+
+
+def label(i: int, reference: Reference) -> str:
+    """What messages call reference i, counted from 0."""
+    return f'Reference {i + 1} ("{reference.name}")' if reference.name else f"Reference {i + 1}"
+
+
+def pixels(reference: Reference, fit: Fit) -> Tensor:
+    """-> (1, 3, H, W) in [-1, 1], ready for the autoencoder. Raises Flux2Error on NaN."""
+    image = reference.image[..., :3].float()
+    if not torch.isfinite(image).all():
+        raise Flux2Error(
+            f"{fit.name} holds values that are not numbers",
+            "NaN or infinite pixels",
+            "Look for the node before it that made them",
+        )
+    if fit.scaled != fit.seen:
+        image = _lanczos(image, fit.scaled)
+    left, top = ((fit.scaled[i] - fit.size[i]) // 2 for i in (0, 1))
+    image = image[top : top + fit.size[1], left : left + fit.size[0]]
+    return image.movedim(-1, 0)[None] * 2 - 1
+
+
+def _lanczos(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pillow's Lanczos on 8-bit pixels, as the reference implementation does."""
+    picture = to_pil(image)
+    return from_pil(picture.resize(size, Image.Resampling.LANCZOS))
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(H, W, 3) in [0, 1] -> 8-bit RGB picture, rounded."""
+    return Image.fromarray((image.clamp(0, 1) * 255).round().to("cpu", torch.uint8).numpy())
+
+
+def from_pil(picture: Image.Image) -> Tensor:
+    """-> (H, W, 3) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"), dtype=np.float32) / 255)
+
+
+def read(source: "Tensor | Image.Image | str | Path | Reference") -> Reference:
+    """A picture, tensor (H, W, 3) in [0, 1], file or Reference -> Reference."""
+    if isinstance(source, Reference):
+        return source
+    if isinstance(source, Tensor):
+        return Reference(source)
+    if isinstance(source, Image.Image):
+        return Reference(from_pil(source))
+    try:
+        with Image.open(source) as picture:
+            return Reference(from_pil(picture), name=Path(source).stem)
+    except Image.DecompressionBombError as error:
+        raise Flux2Error(
+            f"The picture {Path(source).name} is too large to be opened",
+            f"more than {PILLOW_LIMIT // 10**6} million pixels",
+            "Make a smaller copy of it: as a reference it is shrunk to 4 million pixels at most",
+        ) from error
+    except (OSError, SyntaxError) as error:
+        raise Flux2Error(
+            f"The picture {Path(source).name} cannot be opened", str(error), "Use a PNG, JPEG or WebP file"
+        ) from error
+
+
+NAME = re.compile(r"@([\w-]*\w)")
+NUMBER = re.compile(r"\bimage (\d+)\b", re.IGNORECASE)
+
+
+def resolve(text: str, references: Sequence[Reference]) -> str:
+    """Turn @name into "image N", N counted from 1: the words that the model was trained on.
+
+    Without named references an @ is a letter like any other. Raises Flux2Error for a name that no
+    reference has.
+    """
+    numbers = {r.name.lower(): i + 1 for i, r in enumerate(references) if r.name}
+    if not numbers:
+        return text
+
+    def number(match: re.Match) -> str:
+        if match[1].lower() not in numbers:
+            known = ", ".join(f"@{name}" for name in numbers)
+            raise Flux2Error(f"No reference is called {match[0]}", f"the names are {known}", "Correct the name")
+        return f"image {numbers[match[1].lower()]}"
+
+    return NAME.sub(number, text)
+
+
+def lint(text: str, count: int) -> list[str]:
+    """Plain-word warnings about a prompt that goes with `count` references."""
+    missing = sorted({int(n) for n in NUMBER.findall(text)} - set(range(1, count + 1)))
+    if not count or not missing:
+        return []
+    names = " and ".join(f"image {n}" for n in missing)
+    return [f"The prompt speaks of {names}, but {count} reference{'s are' if count > 1 else ' is'} connected."]

@@ -1,0 +1,36 @@
+"""The nodes, in the order of a graph."""
+
+from .flex import Flux2KitFlex
+from .latents import Flux2KitEmptyLatent, Flux2KitVAEDecode, Flux2KitVAEEncode
+from .loaders import (
+    Flux2KitLoader,
+    Flux2KitModelLoader,
+    Flux2KitTextEncoderLoader,
+    Flux2KitVAELoader,
+)
+from .prompt import Flux2KitPrompt
+from .references import Flux2KitApplyReferences, Flux2KitReference
+from .sampling import Flux2KitSampler
+from .schema import ComfyExtension
+
+NODES = [
+    Flux2KitLoader,
+    Flux2KitModelLoader,
+    Flux2KitVAELoader,
+    Flux2KitTextEncoderLoader,
+    Flux2KitPrompt,
+    Flux2KitReference,
+    Flux2KitApplyReferences,
+    Flux2KitEmptyLatent,
+    Flux2KitFlex,
+    Flux2KitSampler,
+    Flux2KitVAEEncode,
+    Flux2KitVAEDecode,
+]
+
+
+class Extension(ComfyExtension):
+    """What the host asks for its list of nodes."""
+
+    async def get_node_list(self):
+        return NODES

@@ -1,0 +1,124 @@
+"""MODEL, CLIP and VAE: the host's own classes around our networks.
+
+CLIP and VAE objects are filled without the host's constructors, which only know fixed widths.
+"""
+
+from functools import partial
+
+import comfy.hooks
+import comfy.model_management as memory
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..flux2_core.autoencoder import AutoEncoder
+from ..flux2_core.checkpoint import choose_variant, locate, read_state_dict
+from ..flux2_core.configs import TransformerConfig, Variant
+from .host_model import Config, Model
+
+
+def patch(module, *, load_device, offload_device, reload: tuple, disable_dynamic: bool = False):
+    """The host's patcher around a module. `reload` = (function, arguments) makes the same patcher
+    anew: newer hosts call it, with disable_dynamic=True, for hooks, compilation, second devices.
+
+    Newer hosts swap the patcher's class when they start: it is asked for at call time.
+    """
+    kind = comfy.model_patcher.ModelPatcher
+    if not disable_dynamic:
+        kind = getattr(comfy.model_patcher, "CoreModelPatcher", kind)
+    patcher = kind(module, load_device=load_device, offload_device=offload_device)
+    if hasattr(patcher, "cached_patcher_init"):
+        patcher.cached_patcher_init = reload
+    return patcher
+
+
+def assign(patcher) -> dict:
+    """{"assign": True} where the host keeps weights in files and faults them in as they are used."""
+    return {"assign": True} if getattr(patcher, "is_dynamic", lambda: False)() else {}
+
+
+def load_model(path: str, variant: str | None = None, disable_dynamic: bool = False):
+    """A transformer file, or "nano" -> MODEL. `variant` None: what the file says."""
+    state, metadata, config = read_state_dict(path, "transformer")
+    chosen = choose_variant(locate(path, "transformer"), config, metadata, variant)
+    reload = (load_model, (path, variant))
+    return build_model(chosen.transformer, state, chosen, reload, disable_dynamic=disable_dynamic)
+
+
+def build_model(
+    config: TransformerConfig,
+    state: dict,
+    variant: Variant | None,
+    reload: tuple,
+    dtype: torch.dtype | None = None,
+    disable_dynamic: bool = False,
+):
+    """Weights under BFL names, complete -> MODEL."""
+    described = Config(config)
+    devices = {"load_device": memory.get_torch_device(), "offload_device": memory.unet_offload_device()}
+    kinds = described.supported_inference_dtypes
+    dtype = dtype or memory.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state),
+        supported_dtypes=kinds,
+        weight_dtype=comfy.utils.weight_dtype(state),
+    )
+    described.set_inference_dtype(dtype, memory.unet_manual_cast(dtype, devices["load_device"], kinds))
+    model = Model(config, described, variant)
+    if not memory.is_device_cpu(devices["offload_device"]):
+        model.to(devices["offload_device"])
+    patcher = patch(model, **devices, reload=reload, disable_dynamic=disable_dynamic)
+    model.load_model_weights(dict(state), "", **assign(patcher))
+    return patcher
+
+
+def load_vae(path: str) -> comfy.sd.VAE:
+    """An autoencoder file, or "nano" -> VAE."""
+    state, _, config = read_state_dict(path, "vae")
+    vae = comfy.sd.VAE.__new__(comfy.sd.VAE)
+    scale = config.decoder_channels / 128  # the host's figures are for the released width
+    vae.memory_used_encode = partial(_memory, 1767 * config.encoder_channels / 128)
+    vae.memory_used_decode = partial(_memory, 2178 * 16 * 16 * scale)
+    vae.downscale_ratio = vae.upscale_ratio = 16
+    vae.latent_channels, vae.latent_dim, vae.output_channels = 128, 2, 3
+    vae.process_input, vae.process_output = _to_signed, _to_unit
+    vae.working_dtypes = [torch.bfloat16, torch.float32]
+    vae.disable_offload = vae.not_video = vae.handles_tiling = False
+    vae.crop_input = True
+    vae.size = vae.downscale_index_formula = vae.upscale_index_formula = None
+    vae.extra_1d_channel = vae.format_encoded = vae.pad_channel_value = None
+    vae.audio_sample_rate = 44100
+    vae.device, vae.output_device = memory.vae_device(), memory.intermediate_device()
+    vae.vae_dtype = memory.vae_dtype(vae.device, vae.working_dtypes)
+    vae.first_stage_model = AutoEncoder(config, comfy.ops.disable_weight_init, vae.vae_dtype).eval()
+    reload = (_vae_patcher, (path,))
+    fill(vae, vae.first_stage_model, state, vae.device, memory.vae_offload_device(), reload)
+    return vae
+
+
+def fill(holder, module, state: dict, load_device, offload_device, reload: tuple) -> None:
+    """Give a module its weights and the holder (a CLIP or VAE) its patcher."""
+    module.requires_grad_(False)
+    if hasattr(memory, "archive_model_dtypes"):
+        memory.archive_model_dtypes(module)
+    holder.patcher = patch(module, load_device=load_device, offload_device=offload_device, reload=reload)
+    module.load_state_dict(state, **assign(holder.patcher))
+
+
+def _vae_patcher(path: str, disable_dynamic: bool = False):
+    return load_vae(path).patcher
+
+
+def _memory(factor: float, shape, dtype) -> float:
+    """Bytes for one picture: `factor` numbers a position of the last two axes."""
+    return factor * shape[2] * shape[3] * memory.dtype_size(dtype)
+
+
+def _to_signed(image):
+    return image * 2.0 - 1.0
+
+
+def _to_unit(image):
+    """[-1, 1] -> [0, 1], in place and returned: hosts differ in which of the two they use."""
+    return image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)

@@ -1,0 +1,108 @@
+"""CLIP: the host's class around our text encoder and its tokenizer."""
+
+import comfy.hooks
+import comfy.model_management as memory
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import torch
+from torch import nn
+
+from ..flux2_core.configs import TextEncoderConfig
+from ..flux2_core.text_encoder import TextEncoder
+from ..flux2_core.tokenizer import PromptTokenizer
+from .host_objects import fill
+
+KEY = "flux2kit"  # our entry in the host's dictionary of tokens
+
+
+class Tokenizer:
+    """The host's tokenizer contract. A token's weight is 1, padding's is 0: FLUX.2 was trained
+    without weights, so (word:1.2) is plain text."""
+
+    def __init__(self, prompts: PromptTokenizer):
+        self.prompts = prompts
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_) -> dict:
+        ids, mask = self.prompts.encode(text)
+        extra = [(0,)] if return_word_ids else [()]
+        pairs = zip(ids[0].tolist(), mask[0].float().tolist(), strict=True)
+        return {KEY: [[(*pair, *extra[0]) for pair in pairs]]}
+
+    def count(self, text: str) -> int:
+        """How many tokens a prompt has with its template, also where the model reads fewer."""
+        return len(self.prompts.tokens(text))
+
+    def state_dict(self) -> dict:
+        return {}
+
+
+class Encoder(nn.Module):
+    """The host's contract for a text model, around ours."""
+
+    def __init__(self, config: TextEncoderConfig, dtype: torch.dtype):
+        super().__init__()
+        self.flux2 = TextEncoder(config, comfy.ops.manual_cast, dtype).eval()
+        self.dtypes = {dtype}
+        self.reset_clip_options()
+
+    def reset_clip_options(self) -> None:
+        self.options: dict = {}
+
+    def set_clip_options(self, options: dict) -> None:
+        self.options |= options
+
+    def encode_token_weights(self, tokens: dict) -> tuple:
+        """-> (1, T, context_dim) with the padding's rows, and no pooled text."""
+        device = self.options.get("execution_device") or memory.text_encoder_device()
+        rows = torch.tensor([[token[:2] for token in row] for row in tokens[KEY]], device=device)
+        out = self.flux2(rows[..., 0].long(), rows[..., 1] > 0)
+        return out.to(memory.intermediate_device()).float(), None
+
+    def load_sd(self, state: dict):
+        return self.load_state_dict(state, strict=False)
+
+
+def build_clip(
+    config: TextEncoderConfig, state: dict, prompts: PromptTokenizer, reload: tuple
+) -> comfy.sd.CLIP:
+    """Weights under their own names, complete -> CLIP."""
+    device = memory.text_encoder_device()
+    clip = comfy.sd.CLIP(no_init=True)
+    dtype = _dtype(state, device)
+    clip.cond_stage_model = Encoder(config, dtype)
+    clip.tokenizer = Tokenizer(prompts)
+    clip.tokenizer_options, clip.layer_idx = {}, None
+    clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
+    named = {f"flux2.{name}": tensor for name, tensor in state.items()}
+    fill(clip, clip.cond_stage_model, named, device, memory.text_encoder_offload_device(), reload)
+    clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    clip.patcher.is_clip = True
+    return clip
+
+
+def _dtype(state: dict, device) -> torch.dtype:
+    """What most weights have, but on a CPU float32, which is exact and there fastest, as long as
+    it takes little memory."""
+    most = comfy.utils.weight_dtype(state)
+    if memory.is_device_cpu(device) and comfy.utils.calculate_parameters(state) < 1e9:
+        return torch.float32
+    return most if most in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
+
+
+def conditioning(clip, text: str) -> list:
+    """CONDITIONING of a prompt, by our CLIP or any other of the host."""
+    out = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    # Older hosts insist on the key, though FLUX.2 has no pooled text.
+    return [[rows, {"pooled_output": None, **options}] for rows, options in out]
+
+
+def too_long(clip, text: str) -> list[str]:
+    """A warning for a prompt of which the model reads the beginning only."""
+    tokenizer = clip.tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        return []
+    length, count = tokenizer.prompts.config.text_length, tokenizer.count(text)
+    if count <= length:
+        return []
+    return [f"The prompt has {count} tokens, the model reads {length}: its end is cut off."]

@@ -1,0 +1,132 @@
+"""Latents: an empty canvas of the right size, and pictures in and out."""
+
+import math
+
+import torch
+
+from ..flux2_core.latents import CHANNELS, PIXELS, check_size
+from . import host
+from .schema import io, schema
+
+ASPECTS = ["1:1", "5:4", "4:3", "3:2", "16:9", "21:9", "4:5", "3:4", "2:3", "9:16", "9:21"]
+
+
+class Flux2KitEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Flux2KitEmptyLatent",
+            display_name="FLUX.2 Empty Latent",
+            category="FLUX.2/latent",
+            description="An empty canvas: by shape and megapixels, or exactly as many pixels as you say.",
+            search_aliases=["empty flux 2 latent", "size", "resolution", "megapixels"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will draw: it knows its native size."),
+                io.Combo.Input(
+                    "aspect",
+                    options=ASPECTS,
+                    default="1:1",
+                    tooltip="Width to height. Not used where width and height are both set.",
+                ),
+                io.Float.Input(
+                    "megapixels",
+                    default=0.0,
+                    min=0.0,
+                    max=16.0,
+                    step=0.05,
+                    tooltip="Area in millions of pixels. 0 is auto: the model's native area, 1.05 for "
+                    "dev and klein, 0.016 for nano. More than 4 is slow and gets worse.",
+                ),
+                *(
+                    io.Int.Input(
+                        side,
+                        default=0,
+                        min=0,
+                        max=8192,
+                        step=PIXELS,
+                        tooltip=f"Exact {side} in pixels, a multiple of {PIXELS}. 0 is auto: from the "
+                        "other side and the aspect, or from megapixels.",
+                    )
+                    for side in ("width", "height")
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="How many pictures at once. Picture i is the one that seed + i gives alone.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, aspect="1:1", megapixels=0.0, width=0, height=0, batch_size=1):
+        area = megapixels * 1e6 or host.variant_of(model).size ** 2
+        width, height = fit(aspect, area, width, height)
+        check_size(width, height)
+        samples = torch.zeros(batch_size, CHANNELS, height // PIXELS, width // PIXELS)
+        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": PIXELS})
+
+
+def fit(aspect: str, area: float, width: int = 0, height: int = 0) -> tuple[int, int]:
+    """The size in pixels: sides that are set stay, the others are multiples of 16."""
+    across, down = (int(number) for number in aspect.split(":"))
+    ratio = across / down
+    if not width and not height:
+        width = _whole(math.sqrt(area * ratio))
+        height = _whole(math.sqrt(area / ratio))
+    return width or _whole(height * ratio), height or _whole(width / ratio)
+
+
+def _whole(side: float) -> int:
+    return max(PIXELS, round(side / PIXELS) * PIXELS)
+
+
+class Flux2KitVAEEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Flux2KitVAEEncode",
+            display_name="FLUX.2 VAE Encode",
+            category="FLUX.2/latent",
+            description="A picture as a latent, to change it with denoise below 1.",
+            search_aliases=["image to latent", "img2img"],
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    tooltip="The picture. Sides that are no multiple of 16 lose up to 15 pixels, "
+                    "evenly on both edges.",
+                ),
+                io.Vae.Input("vae", tooltip="The FLUX.2 VAE."),
+            ],
+            outputs=[io.Latent.Output(tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, image, vae):
+        host.check_vae(vae)
+        samples = vae.encode(image[..., :3])
+        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": PIXELS})
+
+
+class Flux2KitVAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Flux2KitVAEDecode",
+            display_name="FLUX.2 VAE Decode",
+            category="FLUX.2/latent",
+            description="A latent as a picture.",
+            search_aliases=["latent to image"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="The finished latent from the sampler."),
+                io.Vae.Input("vae", tooltip="The FLUX.2 VAE."),
+            ],
+            outputs=[io.Image.Output(tooltip="The picture.")],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae):
+        host.check_vae(vae)
+        return io.NodeOutput(vae.decode(samples["samples"]))

@@ -1,0 +1,162 @@
+"""Loaders: a file of the host's model folders, or the built-in nano, as MODEL, CLIP and VAE."""
+
+from ..flux2_core.configs import VARIANTS
+from . import host, host_find
+from .schema import io, schema
+
+AUTO = "auto"
+VARIANT_NAMES = [AUTO, *(name for name in VARIANTS if name != "nano")]
+VARIANT_TIP = (
+    "Which FLUX.2 the file is. auto tells it from the file; klein, klein base and klein KV have the "
+    "same shapes and are told apart by the file's name, so set it if a file was renamed. It decides "
+    "what auto steps, guidance and size mean."
+)
+
+
+def _files(folder: str, *first: str) -> list[str]:
+    return [*first, *host.files(folder)]
+
+
+def _model_input():
+    return io.Combo.Input(
+        "model",
+        options=_files("diffusion_models", host.NANO),
+        default=host.NANO,
+        tooltip="A FLUX.2 file in models/diffusion_models, or nano: a tiny FLUX.2 that comes with "
+        "this pack and draws coloured shapes in seconds on any computer.",
+    )
+
+
+def _variant_input():
+    return io.Combo.Input("variant", options=VARIANT_NAMES, default=AUTO, tooltip=VARIANT_TIP)
+
+
+def _name(variant: str) -> str | None:
+    return None if variant == AUTO else variant
+
+
+class Flux2KitLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Flux2KitLoader",
+            display_name="FLUX.2 Loader",
+            category="FLUX.2/loaders",
+            description="Loads a FLUX.2 model with the text encoder and VAE that belong to it.",
+            search_aliases=["flux2", "klein", "load checkpoint", "unet loader"],
+            inputs=[
+                _model_input(),
+                _variant_input(),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=_files("text_encoders", AUTO, host.NANO),
+                    default=AUTO,
+                    tooltip="The file in models/text_encoders that reads the prompt. auto takes the "
+                    "first one that belongs to the model: Mistral-3 for dev, Qwen3 for klein.",
+                ),
+                io.Combo.Input(
+                    "vae",
+                    options=_files("vae", AUTO, host.NANO),
+                    default=AUTO,
+                    tooltip="The file in models/vae that turns latents into pixels. auto takes the "
+                    "first FLUX.2 VAE, for nano its own.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model that draws."),
+                io.Clip.Output(tooltip="The text encoder, for FLUX.2 Prompt or CLIP Text Encode."),
+                io.Vae.Output(tooltip="Turns pictures into latents and back."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, **_):
+        return host.stamp("diffusion_models", model)
+
+    @classmethod
+    def execute(cls, model, variant=AUTO, text_encoder=AUTO, vae=AUTO):
+        loaded = host_find.model(model, _name(variant))
+        clip = host_find.clip(text_encoder, host.config_of(loaded), model == host.NANO)
+        return io.NodeOutput(loaded, clip, host_find.vae(vae, model == host.NANO))
+
+
+class Flux2KitModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Flux2KitModelLoader",
+            display_name="FLUX.2 Load Model",
+            category="FLUX.2/loaders",
+            description="Loads a FLUX.2 transformer alone.",
+            search_aliases=["flux2 unet", "diffusion model"],
+            inputs=[_model_input(), _variant_input()],
+            outputs=[io.Model.Output(tooltip="The model that draws.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, **_):
+        return host.stamp("diffusion_models", model)
+
+    @classmethod
+    def execute(cls, model, variant=AUTO):
+        return io.NodeOutput(host_find.model(model, _name(variant)))
+
+
+class Flux2KitVAELoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Flux2KitVAELoader",
+            display_name="FLUX.2 Load VAE",
+            category="FLUX.2/loaders",
+            description="Loads a FLUX.2 autoencoder alone, of any width.",
+            search_aliases=["flux2 vae", "ae.safetensors", "small decoder"],
+            inputs=[
+                io.Combo.Input(
+                    "vae",
+                    options=_files("vae", host.NANO),
+                    default=host.NANO,
+                    tooltip="A FLUX.2 VAE in models/vae, or nano's own. FLUX.2's latents are the "
+                    "same for every FLUX.2, so any of them decodes any picture.",
+                )
+            ],
+            outputs=[io.Vae.Output(tooltip="Turns pictures into latents and back.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, vae):
+        return host.stamp("vae", vae)
+
+    @classmethod
+    def execute(cls, vae):
+        return io.NodeOutput(host_find.vae(vae, vae == host.NANO))
+
+
+class Flux2KitTextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="Flux2KitTextEncoderLoader",
+            display_name="FLUX.2 Load Text Encoder",
+            category="FLUX.2/loaders",
+            description="Loads a FLUX.2 text encoder alone: Mistral-3 24B, Qwen3 4B or 8B, or nano's.",
+            search_aliases=["flux2 clip", "mistral", "qwen3", "clip loader"],
+            inputs=[
+                io.Combo.Input(
+                    "text_encoder",
+                    options=_files("text_encoders", host.NANO),
+                    default=host.NANO,
+                    tooltip="A file in models/text_encoders: Mistral-3 24B for dev, Qwen3 4B for "
+                    "klein 4B, Qwen3 8B for klein 9B; or nano's own.",
+                )
+            ],
+            outputs=[io.Clip.Output(tooltip="The text encoder, for FLUX.2 Prompt.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, text_encoder):
+        return host.stamp("text_encoders", text_encoder)
+
+    @classmethod
+    def execute(cls, text_encoder):
+        return io.NodeOutput(host_find.clip(text_encoder))
