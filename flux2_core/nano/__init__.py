@@ -1,0 +1,1 @@
+"""nano: a FLUX.2 in miniature, its world of pictures, and the checker that reads them."""
