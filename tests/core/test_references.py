@@ -1,0 +1,139 @@
+"""Size rules, order, names and refusals of reference pictures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from flux2_pack.flux2_core import references
+from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.references import Fit, Reference, lint, pixels, plan, resolve
+from PIL import Image
+
+
+def blank(width: int, height: int, name: str = "") -> Reference:
+    return Reference(torch.zeros(1, 1, 1).expand(height, width, 3), name)
+
+
+@pytest.mark.parametrize(
+    ("size", "alone", "among"),
+    [
+        ((1024, 1024), (1024, 1024), (1024, 1024)),
+        # 2024 is no multiple of 16; 2024 * sqrt(1024^2 / 2024^2) falls just below 1024, there as here
+        ((2024, 2024), (2016, 2016), (1008, 1008)),
+        ((2048, 2048), (2016, 2016), (1024, 1024)),
+        ((4000, 3000), (2336, 1744), (1168, 880)),  # scaled to 2337 x 1752 and 1182 x 886
+        ((100, 70), (96, 64), (96, 64)),  # never enlarged
+        ((64, 512), (64, 512), (64, 512)),
+    ],
+)
+def test_sizes(size, alone, among):
+    """Alone up to 2024^2 pixels, among others up to 1024^2, never enlarged, multiples of 16."""
+    assert plan([blank(*size)])[0].size == alone
+    assert [fit.size for fit in plan([blank(*size)] * 2)] == [among] * 2
+
+
+def test_scaling_is_the_reference_implementations():
+    """floor(side * sqrt(limit / area)), then the middle."""
+    (fit,) = plan([blank(4000, 3000)])
+    shrink = math.sqrt(2024**2 / 12e6)
+    assert fit.scaled == (int(4000 * shrink), int(3000 * shrink)) == (2337, 1752)
+    assert fit.tokens == fit.size[0] * fit.size[1] / 256
+
+
+def test_own_cap():
+    (fit,) = plan([Reference(torch.zeros(1000, 1000, 3), megapixels=0.25)])
+    assert fit.size == (496, 496)
+
+
+def test_the_middle_is_kept():
+    image = torch.zeros(70, 100, 3)
+    image[3:67, 2:98] = 1  # the rows and columns that stay: 3 off above, 2 off on the left
+    reference = Reference(image)
+    out = pixels(reference, *plan([reference]))
+    assert out.shape == (1, 3, 64, 96) and out.min() == 1
+
+
+def test_shrinking_is_pillows_lanczos():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (1400, 1200, 3), generator=generator).float() / 255
+    reference = Reference(image)
+    fit = plan([reference] * 2)[0]
+    picture = Image.fromarray((image * 255).round().to(torch.uint8).numpy())
+    picture = picture.resize(fit.scaled, Image.Resampling.LANCZOS)
+    left, top = ((a - b) // 2 for a, b in zip(fit.scaled, fit.size, strict=True))
+    want = np.array(picture)[top : top + fit.size[1], left : left + fit.size[0]]
+    got = ((pixels(reference, fit)[0].movedim(0, -1) + 1) / 2 * 255).round().numpy()
+    assert np.array_equal(got, want)
+
+
+def test_pixels_that_fit_are_not_touched():
+    image = torch.rand(64, 64, 3)
+    assert torch.equal(pixels(Reference(image), *plan([Reference(image)]))[0].movedim(0, -1), image * 2 - 1)
+
+
+def test_alpha_is_dropped():
+    image = torch.rand(64, 64, 4)
+    assert pixels(Reference(image), *plan([Reference(image)])).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("chain", "words"),
+    [
+        ([blank(64, 64)] * 11, "at most 10 reference images. Seen: 11. Remove 1"),
+        ([blank(63, 64)], "Reference 1 is too small to be a reference. Seen: 63 x 64 pixels"),
+        ([blank(64, 64), blank(70, 600, "tower")], 'Reference 2 ("tower") is too narrow'),
+    ],
+)
+def test_refused(chain, words):
+    with pytest.raises(Flux2Error) as error:
+        plan(chain)
+    assert words in str(error.value)
+
+
+def test_ten_are_taken():
+    assert len(plan([blank(64, 64)] * 10)) == 10
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_numbers(bad):
+    image = torch.zeros(64, 64, 3)
+    image[5, 6, 0] = bad
+    with pytest.raises(Flux2Error, match="Reference 1 holds values that are not numbers"):
+        pixels(Reference(image), *plan([Reference(image)]))
+
+
+def test_files(tmp_path, monkeypatch):
+    Image.new("RGBA", (64, 80), (255, 0, 0, 128)).save(tmp_path / "hero.png")
+    reference = references.read(tmp_path / "hero.png")
+    assert reference.name == "hero" and reference.image.shape == (80, 64, 3)
+
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(Flux2Error, match="text.png cannot be opened"):
+        references.read(tmp_path / "text.png")
+
+    # A picture beyond Pillow's limit: the limit is lowered, a real one would have 179 million.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(Flux2Error, match=r"hero.png is too large to be opened"):
+        references.read(tmp_path / "hero.png")
+
+
+def test_names():
+    chain = [blank(64, 64, "Hero"), blank(64, 64), blank(64, 64, "old-car")]
+    assert resolve("@hero in @old-car.", chain) == "image 1 in image 3."
+    assert resolve("mail me @home", []) == "mail me @home"
+    with pytest.raises(Flux2Error, match="No reference is called @bike. Seen: the names are @hero"):
+        resolve("@bike", chain)
+
+
+def test_lint():
+    assert lint("image 1 and Image 2", 2) == []
+    assert lint("image 3", 0) == []
+    assert lint("image 3 beside image 1", 1) == [
+        "The prompt speaks of image 3, but 1 reference is connected."
+    ]
+
+
+def test_plan_changes_nothing():
+    chain = (blank(3000, 2000, "a"),)
+    assert plan(chain) == plan(chain) == (Fit('Reference 1 ("a")', (3000, 2000), (2478, 1652), (2464, 1648)),)
