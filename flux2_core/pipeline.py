@@ -34,7 +34,9 @@ class Paths(NamedTuple):
 class Pipeline:
     """pipe = Pipeline.load("nano"); pipe("a red circle on white background", seed=1).save("a.png")"""
 
-    def __init__(self, model: Flux2Transformer, vae: AutoEncoder, text: TextEncoder, variant: Variant):
+    def __init__(
+        self, model: Flux2Transformer, vae: AutoEncoder, text: TextEncoder, variant: Variant
+    ):
         if text.config.context_dim != model.config.context_dim:
             raise Flux2Error(
                 "The text encoder does not belong to this model",
@@ -45,13 +47,18 @@ class Pipeline:
         self.device = next(model.parameters()).device
 
     @classmethod
-    def load(cls, name_or_paths="nano", *, dtype: torch.dtype | None = None, device="cpu") -> "Pipeline":
+    def load(
+        cls, name_or_paths="nano", *, dtype: torch.dtype | None = None, device="cpu"
+    ) -> "Pipeline":
         """`name_or_paths`: "nano", Paths, or a folder in diffusers form. `dtype` None: nano in
         float32, everything else as in its file."""
         source = name_or_paths
         if isinstance(source, (str, Path)):
             source = Paths(source, source, source)
-        how = {"dtype": dtype or (torch.float32 if source.transformer == "nano" else None), "device": device}
+        how = {
+            "dtype": dtype or (torch.float32 if source.transformer == "nano" else None),
+            "device": device,
+        }
         model = load_transformer(source.transformer, variant=source.variant, **how)
         vae = load_autoencoder(source.vae, **how)
         return cls(model, vae, load_text_encoder(source.text_encoder, **how), model.variant)

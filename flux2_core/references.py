@@ -88,7 +88,9 @@ def _fit(reference: Reference, name: str, area: float) -> Fit:
             f"{width} x {height} pixels",
             f"Use a picture of at least {LEAST_SIDE} pixels a side, and at most {WIDEST} times as long as wide",
         )
-    return Fit(name, (width, height), scaled, (scaled[0] // PIXELS * PIXELS, scaled[1] // PIXELS * PIXELS))
+    return Fit(
+        name, (width, height), scaled, (scaled[0] // PIXELS * PIXELS, scaled[1] // PIXELS * PIXELS)
+    )
 
 
 def label(i: int, reference: Reference) -> str:
@@ -147,7 +149,9 @@ def read(source: "Tensor | Image.Image | str | Path | Reference") -> Reference:
         ) from error
     except (OSError, SyntaxError) as error:
         raise Flux2Error(
-            f"The picture {Path(source).name} cannot be opened", str(error), "Use a PNG, JPEG or WebP file"
+            f"The picture {Path(source).name} cannot be opened",
+            str(error),
+            "Use a PNG, JPEG or WebP file",
         ) from error
 
 
@@ -168,7 +172,9 @@ def resolve(text: str, references: Sequence[Reference]) -> str:
     def number(match: re.Match) -> str:
         if match[1].lower() not in numbers:
             known = ", ".join(f"@{name}" for name in numbers)
-            raise Flux2Error(f"No reference is called {match[0]}", f"the names are {known}", "Correct the name")
+            raise Flux2Error(
+                f"No reference is called {match[0]}", f"the names are {known}", "Correct the name"
+            )
         return f"image {numbers[match[1].lower()]}"
 
     return NAME.sub(number, text)
@@ -180,4 +186,6 @@ def lint(text: str, count: int) -> list[str]:
     if not count or not missing:
         return []
     names = " and ".join(f"image {n}" for n in missing)
-    return [f"The prompt speaks of {names}, but {count} reference{'s are' if count > 1 else ' is'} connected."]
+    return [
+        f"The prompt speaks of {names}, but {count} reference{'s are' if count > 1 else ' is'} connected."
+    ]

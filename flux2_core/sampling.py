@@ -10,7 +10,9 @@ from .guidance import Velocity
 OnStep = Callable[[int, int, Tensor], None]  # step (from 0), steps, the picture as it looks now
 
 
-def denoise(velocity: Velocity, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None) -> Tensor:
+def denoise(
+    velocity: Velocity, x: Tensor, sigmas: Tensor, *, on_step: OnStep | None = None
+) -> Tensor:
     """x (B, 128, h, w) at sigmas[0] -> x at sigmas[-1]: x += (s' - s) v(x, s), step by step.
 
     Sums in float32, the model in whatever dtype it has. `on_step` sees x - s v, the estimate of

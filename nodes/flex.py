@@ -36,7 +36,9 @@ class Flux2KitFlex(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that draws."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
-                io.Latent.Input("latent", tooltip="The canvas. Only its size is used: it shifts the schedule."),
+                io.Latent.Input(
+                    "latent", tooltip="The canvas. Only its size is used: it shifts the schedule."
+                ),
                 io.Int.Input("steps", **STEPS),
                 io.Float.Input("guidance", **GUIDANCE),
             ],

@@ -19,7 +19,9 @@ NANO = "nano (built in)"
 
 def files(folder: str) -> list[str]:
     """The safetensors files of one of the host's model folders."""
-    return [name for name in folder_paths.get_filename_list(folder) if name.endswith(".safetensors")]
+    return [
+        name for name in folder_paths.get_filename_list(folder) if name.endswith(".safetensors")
+    ]
 
 
 def path_of(folder: str, name: str) -> str:

@@ -21,7 +21,11 @@ def model(choice: str, variant: str | None):
 def clip(choice: str, config: TransformerConfig | None = None, nano: bool = False):
     """CLIP of a file in text_encoders. With `config` it must give what that model reads."""
     if choice == AUTO:
-        choice = host.NANO if nano else _first("text_encoders", lambda t: _width(t) == config.context_dim)
+        choice = (
+            host.NANO
+            if nano
+            else _first("text_encoders", lambda t: _width(t) == config.context_dim)
+        )
         if choice is None:
             raise Flux2Error(
                 "No text encoder that belongs to this model was found",

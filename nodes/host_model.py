@@ -83,11 +83,17 @@ class HostTransformer(Flux2Transformer):
     `params.default_ref_method` as an object patch.
     """
 
-    def __init__(self, config: TransformerConfig, dtype=None, device=None, operations=None, **params):
+    def __init__(
+        self, config: TransformerConfig, dtype=None, device=None, operations=None, **params
+    ):
         super().__init__(config, operations, dtype, device)
         self.dtype = dtype
         self.params = SimpleNamespace(**params)
-        self.patch_size, self.in_channels, self.out_channels = 1, config.in_channels, config.in_channels
+        self.patch_size, self.in_channels, self.out_channels = (
+            1,
+            config.in_channels,
+            config.in_channels,
+        )
 
     def state_dict(self, *args, **kw):
         """Under the parameters' own names (`.weight` for the norms): the host looks keys up as
@@ -147,7 +153,9 @@ class HostTransformer(Flux2Transformer):
         img = self.img_in(torch.cat([tokens(part) for part in (x, *refs)], 1))
         txt = self.txt_in(context.to(x.dtype))
         method = call.method or self.params.default_ref_method
-        grids = places(size, tuple((r.shape[2], r.shape[3]) for r in refs), method, self.params.ref_index_scale)
+        grids = places(
+            size, tuple((r.shape[2], r.shape[3]) for r in refs), method, self.params.ref_index_scale
+        )
         img, txt, rope = self._post_input(img, txt, grids, call.options)
 
         rows = img.shape[1] - size[0] * size[1]
@@ -180,19 +188,33 @@ class HostTransformer(Flux2Transformer):
         patches = options.get("patches", {}).get("post_input", [])
         if not patches:
             return img, txt, table(txt.shape[1], grids, bend, axes, theta, img.device)
-        txt_ids, img_ids = (i.expand(img.shape[0], -1, -1).to(img.device) for i in ids(txt.shape[1], grids, bend))
-        state = {"img": img, "txt": txt, "img_ids": img_ids, "txt_ids": txt_ids, "transformer_options": options}
+        txt_ids, img_ids = (
+            i.expand(img.shape[0], -1, -1).to(img.device) for i in ids(txt.shape[1], grids, bend)
+        )
+        state = {
+            "img": img,
+            "txt": txt,
+            "img_ids": img_ids,
+            "txt_ids": txt_ids,
+            "transformer_options": options,
+        }
         for patch in patches:
             state = {**patch(state), "transformer_options": options}
         all_ids = torch.cat((state["txt_ids"], state["img_ids"]), 1)
         cos, sin = angles(all_ids.cpu(), axes, theta)
-        return state["img"], state["txt"], (cos[:, None].to(img.device), sin[:, None].to(img.device))
+        return (
+            state["img"],
+            state["txt"],
+            (cos[:, None].to(img.device), sin[:, None].to(img.device)),
+        )
 
     def double(self, i: int, s: HostStream) -> tuple[Tensor, Tensor]:
         block = self.double_blocks[i]
 
         def run(args):
-            img, txt = block(args["img"], args["txt"], *args["vec"], (), partial(self._attend, s, args))
+            img, txt = block(
+                args["img"], args["txt"], *args["vec"], (), partial(self._attend, s, args)
+            )
             return {"img": _finite(img), "txt": _finite(txt)}
 
         vec = (s.img_mod, s.txt_mod)
@@ -213,10 +235,16 @@ class HostTransformer(Flux2Transformer):
 
     def _alone(self, i: int, s: HostStream) -> bool:
         """True where nobody but us looks at block i: then its unread rows need not exist."""
-        watched = s.patches("attn1_patch") or s.patches("attn1_output_patch") or s.replacement("single", i)
+        watched = (
+            s.patches("attn1_patch")
+            or s.patches("attn1_output_patch")
+            or s.replacement("single", i)
+        )
         return not watched and s.mask is None and "optimized_attention_override" not in s.options
 
-    def _attend(self, s: HostStream, args: dict, q: Tensor, k: Tensor, v: Tensor, rows: slice | None = None):
+    def _attend(
+        self, s: HostStream, args: dict, q: Tensor, k: Tensor, v: Tensor, rows: slice | None = None
+    ):
         """q, k (before RoPE), v (B, H, L, D) -> (B, L, H * D), past the patches of other packs."""
         options = args.get("transformer_options") or s.options
         pe, mask = args.get("pe"), args.get("attn_mask")
@@ -241,16 +269,22 @@ def _cut(table: Tensor, x: Tensor) -> Tensor:
     return table[..., : x.shape[2], :]
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, options: dict) -> Tensor:
+def _kernel(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None, options: dict
+) -> Tensor:
     """The host's attention, with whatever the user chose for it."""
     if mask is not None and mask.ndim > 1:
         mask = mask[..., : q.shape[2], : k.shape[2]]
-    return optimized_attention(q, k, v, heads, mask=mask, skip_reshape=True, transformer_options=options)
+    return optimized_attention(
+        q, k, v, heads, mask=mask, skip_reshape=True, transformer_options=options
+    )
 
 
 def _finite(x: Tensor) -> Tensor:
     """In float16 the residual streams can overflow: keep them inside its range."""
-    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
+    return (
+        torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
+    )
 
 
 def unet_config(config: TransformerConfig) -> dict:
@@ -295,7 +329,9 @@ class Config(comfy.supported_models.Flux2):
         def name(key):
             return key.removesuffix("weight") + "scale" if key.endswith("_norm.weight") else key
 
-        return super().process_unet_state_dict_for_saving({name(k): v for k, v in state_dict.items()})
+        return super().process_unet_state_dict_for_saving(
+            {name(k): v for k, v in state_dict.items()}
+        )
 
 
 class Model(comfy.model_base.Flux2):

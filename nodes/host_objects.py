@@ -57,14 +57,19 @@ def build_model(
 ):
     """Weights under BFL names, complete -> MODEL."""
     described = Config(config)
-    devices = {"load_device": memory.get_torch_device(), "offload_device": memory.unet_offload_device()}
+    devices = {
+        "load_device": memory.get_torch_device(),
+        "offload_device": memory.unet_offload_device(),
+    }
     kinds = described.supported_inference_dtypes
     dtype = dtype or memory.unet_dtype(
         model_params=comfy.utils.calculate_parameters(state),
         supported_dtypes=kinds,
         weight_dtype=comfy.utils.weight_dtype(state),
     )
-    described.set_inference_dtype(dtype, memory.unet_manual_cast(dtype, devices["load_device"], kinds))
+    described.set_inference_dtype(
+        dtype, memory.unet_manual_cast(dtype, devices["load_device"], kinds)
+    )
     model = Model(config, described, variant)
     if not memory.is_device_cpu(devices["offload_device"]):
         model.to(devices["offload_device"])
@@ -102,7 +107,9 @@ def fill(holder, module, state: dict, load_device, offload_device, reload: tuple
     module.requires_grad_(False)
     if hasattr(memory, "archive_model_dtypes"):
         memory.archive_model_dtypes(module)
-    holder.patcher = patch(module, load_device=load_device, offload_device=offload_device, reload=reload)
+    holder.patcher = patch(
+        module, load_device=load_device, offload_device=offload_device, reload=reload
+    )
     module.load_state_dict(state, **assign(holder.patcher))
 
 

@@ -78,6 +78,8 @@ def _taef2(path: str):
     try:
         net.load_state_dict(load_file(path))
     except (OSError, RuntimeError, ValueError) as error:
-        logging.getLogger(__name__).warning("No TAEF2 previews: %s cannot be used (%s)", path, error)
+        logging.getLogger(__name__).warning(
+            "No TAEF2 previews: %s cannot be used (%s)", path, error
+        )
         return None
     return net.eval().requires_grad_(False)

@@ -62,7 +62,9 @@ def sigmas(model, latent: dict, steps: int, denoise: float = 1.0) -> Tensor:
     steps = steps or variant_of(model).steps
     height, width = latent["samples"].shape[-2:]
     ratio = latent.get("downscale_ratio_spacial", latents.PIXELS)
-    full = schedule.sigmas(max(steps, round(steps / denoise)), width=width * ratio, height=height * ratio)
+    full = schedule.sigmas(
+        max(steps, round(steps / denoise)), width=width * ratio, height=height * ratio
+    )
     return full[-(steps + 1) :]
 
 

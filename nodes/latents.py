@@ -10,6 +10,33 @@ from .schema import io, schema
 
 ASPECTS = ["1:1", "5:4", "4:3", "3:2", "16:9", "21:9", "4:5", "3:4", "2:3", "9:16", "9:21"]
 
+MEGAPIXELS = {
+    "default": 0.0,
+    "min": 0.0,
+    "max": 16.0,
+    "step": 0.05,
+    "tooltip": "Area in millions of pixels. 0 is auto: the model's native area, 1.05 for dev and "
+    "klein, 0.016 for nano. More than 4 is slow and gets worse.",
+}
+BATCH = {
+    "default": 1,
+    "min": 1,
+    "max": 64,
+    "tooltip": "How many pictures at once. Picture i is the one that seed + i gives alone.",
+}
+
+
+def _side(name: str):
+    return io.Int.Input(
+        name,
+        default=0,
+        min=0,
+        max=8192,
+        step=PIXELS,
+        tooltip=f"Exact {name} in pixels, a multiple of {PIXELS}. 0 is auto: from the other side and "
+        "the aspect, or from megapixels.",
+    )
+
 
 class Flux2KitEmptyLatent(io.ComfyNode):
     @classmethod
@@ -21,41 +48,19 @@ class Flux2KitEmptyLatent(io.ComfyNode):
             description="An empty canvas: by shape and megapixels, or exactly as many pixels as you say.",
             search_aliases=["empty flux 2 latent", "size", "resolution", "megapixels"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will draw: it knows its native size."),
+                io.Model.Input(
+                    "model", tooltip="The model that will draw: it knows its native size."
+                ),
                 io.Combo.Input(
                     "aspect",
                     options=ASPECTS,
                     default="1:1",
                     tooltip="Width to height. Not used where width and height are both set.",
                 ),
-                io.Float.Input(
-                    "megapixels",
-                    default=0.0,
-                    min=0.0,
-                    max=16.0,
-                    step=0.05,
-                    tooltip="Area in millions of pixels. 0 is auto: the model's native area, 1.05 for "
-                    "dev and klein, 0.016 for nano. More than 4 is slow and gets worse.",
-                ),
-                *(
-                    io.Int.Input(
-                        side,
-                        default=0,
-                        min=0,
-                        max=8192,
-                        step=PIXELS,
-                        tooltip=f"Exact {side} in pixels, a multiple of {PIXELS}. 0 is auto: from the "
-                        "other side and the aspect, or from megapixels.",
-                    )
-                    for side in ("width", "height")
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=64,
-                    tooltip="How many pictures at once. Picture i is the one that seed + i gives alone.",
-                ),
+                io.Float.Input("megapixels", **MEGAPIXELS),
+                _side("width"),
+                _side("height"),
+                io.Int.Input("batch_size", **BATCH),
             ],
             outputs=[io.Latent.Output(tooltip="For the sampler.")],
         )

@@ -27,6 +27,28 @@ def _model_input():
     )
 
 
+def _text_input(*first: str):
+    return io.Combo.Input(
+        "text_encoder",
+        options=_files("text_encoders", *first, host.NANO),
+        default=first[0] if first else host.NANO,
+        tooltip="The file in models/text_encoders that reads the prompt: Mistral-3 24B for dev, "
+        "Qwen3 4B for klein 4B, Qwen3 8B for klein 9B, nano's own for nano. auto, where offered, "
+        "takes the first one that belongs to the model.",
+    )
+
+
+def _vae_input(*first: str):
+    return io.Combo.Input(
+        "vae",
+        options=_files("vae", *first, host.NANO),
+        default=first[0] if first else host.NANO,
+        tooltip="The file in models/vae that turns latents into pixels and back. FLUX.2's latents "
+        "are the same for every FLUX.2, so any FLUX.2 VAE decodes any picture. auto, where offered, "
+        "takes the first one, for nano its own.",
+    )
+
+
 def _variant_input():
     return io.Combo.Input("variant", options=VARIANT_NAMES, default=AUTO, tooltip=VARIANT_TIP)
 
@@ -47,20 +69,8 @@ class Flux2KitLoader(io.ComfyNode):
             inputs=[
                 _model_input(),
                 _variant_input(),
-                io.Combo.Input(
-                    "text_encoder",
-                    options=_files("text_encoders", AUTO, host.NANO),
-                    default=AUTO,
-                    tooltip="The file in models/text_encoders that reads the prompt. auto takes the "
-                    "first one that belongs to the model: Mistral-3 for dev, Qwen3 for klein.",
-                ),
-                io.Combo.Input(
-                    "vae",
-                    options=_files("vae", AUTO, host.NANO),
-                    default=AUTO,
-                    tooltip="The file in models/vae that turns latents into pixels. auto takes the "
-                    "first FLUX.2 VAE, for nano its own.",
-                ),
+                _text_input(AUTO),
+                _vae_input(AUTO),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model that draws."),
@@ -112,13 +122,7 @@ class Flux2KitVAELoader(io.ComfyNode):
             description="Loads a FLUX.2 autoencoder alone, of any width.",
             search_aliases=["flux2 vae", "ae.safetensors", "small decoder"],
             inputs=[
-                io.Combo.Input(
-                    "vae",
-                    options=_files("vae", host.NANO),
-                    default=host.NANO,
-                    tooltip="A FLUX.2 VAE in models/vae, or nano's own. FLUX.2's latents are the "
-                    "same for every FLUX.2, so any of them decodes any picture.",
-                )
+                _vae_input(),
             ],
             outputs=[io.Vae.Output(tooltip="Turns pictures into latents and back.")],
         )
@@ -142,13 +146,7 @@ class Flux2KitTextEncoderLoader(io.ComfyNode):
             description="Loads a FLUX.2 text encoder alone: Mistral-3 24B, Qwen3 4B or 8B, or nano's.",
             search_aliases=["flux2 clip", "mistral", "qwen3", "clip loader"],
             inputs=[
-                io.Combo.Input(
-                    "text_encoder",
-                    options=_files("text_encoders", host.NANO),
-                    default=host.NANO,
-                    tooltip="A file in models/text_encoders: Mistral-3 24B for dev, Qwen3 4B for "
-                    "klein 4B, Qwen3 8B for klein 9B; or nano's own.",
-                )
+                _text_input(),
             ],
             outputs=[io.Clip.Output(tooltip="The text encoder, for FLUX.2 Prompt.")],
         )

@@ -34,9 +34,7 @@ class Flux2KitReference(io.ComfyNode):
                 ),
             ],
             outputs=[
-                References.Output(
-                    display_name="references", tooltip="The chain with this picture at its end."
-                )
+                References.Output(display_name="references", tooltip="The chain, longer by one.")
             ],
         )
 
@@ -47,6 +45,15 @@ class Flux2KitReference(io.ComfyNode):
         chain = (*references, *added)
         plan(chain)
         return io.NodeOutput(chain)
+
+
+def _slot(i: int):
+    return io.Image.Input(
+        f"image_{i}",
+        optional=True,
+        tooltip=f"A reference picture. Empty slots are skipped: this is image {i} if no chain is "
+        "connected and no slot before it is empty.",
+    )
 
 
 class Flux2KitApplyReferences(io.ComfyNode):
@@ -68,35 +75,29 @@ class Flux2KitApplyReferences(io.ComfyNode):
                     tooltip="The negative prompt, where one is used: it gets the same references.",
                 ),
                 References.Input(
-                    "references", optional=True, tooltip="A chain made by FLUX.2 Reference."
+                    "references", optional=True, tooltip="A chain of FLUX.2 Reference."
                 ),
-                *(
-                    io.Image.Input(
-                        f"image_{i}",
-                        optional=True,
-                        tooltip=f"A reference picture. Empty slots are skipped: this is image {i} if "
-                        "no chain is connected and no slot before it is empty.",
-                    )
-                    for i in range(1, MOST + 1)
-                ),
+                *(_slot(i) for i in range(1, MOST + 1)),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="For the sampler."),
                 io.Conditioning.Output(display_name="negative", tooltip="For the sampler."),
-                References.Output(
-                    display_name="references", tooltip="All references, in the order used."
-                ),
+                References.Output(display_name="references", tooltip="All of them, in order."),
             ],
         )
 
     @classmethod
     def execute(cls, vae, positive, negative=None, references=(), **images):
         host.check_vae(vae)
-        slots = (images.get(f"image_{i}") for i in range(1, MOST + 1))
-        pictures = (picture for slot in slots if slot is not None for picture in slot)
-        chain = (*references, *(Reference(picture) for picture in pictures))
+        chain = (*references, *pictures(images))
         encoded = encode(vae, chain)
         return io.NodeOutput(attach(positive, encoded), attach(negative, encoded), chain)
+
+
+def pictures(images: dict) -> list[Reference]:
+    """Those in the slots image_1 ... image_10, in this order; each of a batch counts."""
+    slots = (images.get(f"image_{i}") for i in range(1, MOST + 1))
+    return [Reference(picture) for slot in slots if slot is not None for picture in slot]
 
 
 def encode(vae, chain) -> list:

@@ -4,6 +4,23 @@ from . import host_sampling
 from .flex import GUIDANCE, NEGATIVE, STEPS
 from .schema import io, schema
 
+SEED = {
+    "default": 0,
+    "min": 0,
+    "max": 2**63 - 1,
+    "control_after_generate": True,
+    "tooltip": "Which noise to start from: the same seed gives the same picture. The next pictures "
+    "of a batch have seed + 1, + 2 ...",
+}
+DENOISE = {
+    "default": 1.0,
+    "min": 0.01,
+    "max": 1.0,
+    "step": 0.01,
+    "tooltip": "How much of an existing picture is drawn anew: 1 all of it, 0.5 keeps its "
+    "composition. As many steps are run, over the end of a longer schedule.",
+}
+
 
 class Flux2KitSampler(io.ComfyNode):
     @classmethod
@@ -19,27 +36,13 @@ class Flux2KitSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that draws."),
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", optional=True, tooltip=NEGATIVE),
-                io.Latent.Input("latent", tooltip="The canvas from FLUX.2 Empty Latent, or a picture to change."),
+                io.Latent.Input(
+                    "latent", tooltip="The canvas from FLUX.2 Empty Latent, or a picture to change."
+                ),
                 io.Int.Input("steps", **STEPS),
                 io.Float.Input("guidance", **GUIDANCE),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Which noise to start from: the same seed gives the same picture. The next "
-                    "pictures of a batch have seed + 1, + 2 ...",
-                ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much of an existing picture is drawn anew: 1 all of it, 0.5 keeps its "
-                    "composition. As many steps are run, over the end of a longer schedule.",
-                ),
+                io.Int.Input("seed", **SEED),
+                io.Float.Input("denoise", **DENOISE),
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for FLUX.2 VAE Decode.")],
         )

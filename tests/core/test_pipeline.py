@@ -52,7 +52,7 @@ def test_cfg():
 def test_a_negative_is_asked_for():
     check_negative(V["klein-base-4b"], 4.0, True)
     check_negative(V["klein-4b"], 1.0, False)
-    with pytest.raises(Flux2Error, match="klein base 4B needs a negative prompt at guidance 4"):
+    with pytest.raises(Flux2Error, match=r"klein base 4B needs a negative prompt at guidance 4"):
         check_negative(V["klein-base-4b"], 4.0, False)
 
 
@@ -89,7 +89,9 @@ def test_a_run_can_be_stopped():
 
     calls = []
     with pytest.raises(KeyboardInterrupt):
-        denoise(lambda x, t: calls.append(t) or x, torch.ones(1), torch.linspace(1, 0, 6), on_step=stop)
+        denoise(
+            lambda x, t: calls.append(t) or x, torch.ones(1), torch.linspace(1, 0, 6), on_step=stop
+        )
     assert len(calls) == 2
 
 
@@ -102,14 +104,20 @@ def test_velocity_with_and_without_cfg():
 
     x, t = torch.ones(3, 128, 2, 2), torch.ones(3)
     one, zero = torch.ones(1, 5, 8), torch.zeros(1, 5, 8)
-    assert torch.equal(velocity(model, one, negative=zero, scale=3.0, references=("r",))(x, t), 3 * x)
+    assert torch.equal(
+        velocity(model, one, negative=zero, scale=3.0, references=("r",))(x, t), 3 * x
+    )
     assert [c[2] for c in calls] == [("r",), ("r",)] and calls[0][0] == (3, 5, 8)
     assert torch.equal(velocity(model, one, embedded=2.5)(x, t), x)
     assert torch.equal(calls[-1][1], torch.full((3,), 2.5)) and len(calls) == 3
 
 
 def test_a_picture(pipe):
-    options = {"seed": 3, "steps": 2, "references": [torch.rand(70, 90, 3), Image.new("RGB", (64, 64))]}
+    options = {
+        "seed": 3,
+        "steps": 2,
+        "references": [torch.rand(70, 90, 3), Image.new("RGB", (64, 64))],
+    }
     image = pipe("a red circle", **options)
     assert isinstance(image, Image.Image) and image.size == (128, 128)
     x = pipe.sample("a red circle", **options)
@@ -127,7 +135,7 @@ def test_auto_is_the_variants(pipe):
 
 def test_size(pipe):
     assert pipe("a", width=96, height=160, steps=1).size == (96, 160)
-    with pytest.raises(Flux2Error, match="multiples of 16. Seen: 100 x 128"):
+    with pytest.raises(Flux2Error, match=r"multiples of 16. Seen: 100 x 128"):
         pipe("a", width=100, steps=1)
 
 
@@ -153,5 +161,5 @@ def test_noise_is_the_seeds(pipe):
 
 def test_wrong_text_encoder(pipe):
     wide = Flux2Transformer(configs.TransformerConfig(128, 7680, 1, 1, guidance_embed=False))
-    with pytest.raises(Flux2Error, match="reads 7680. Load Qwen3 4B"):
+    with pytest.raises(Flux2Error, match=r"reads 7680. Load Qwen3 4B"):
         Pipeline(wide, pipe.vae, pipe.text, V["klein-4b"])

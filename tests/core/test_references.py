@@ -69,7 +69,9 @@ def test_shrinking_is_pillows_lanczos():
 
 def test_pixels_that_fit_are_not_touched():
     image = torch.rand(64, 64, 3)
-    assert torch.equal(pixels(Reference(image), *plan([Reference(image)]))[0].movedim(0, -1), image * 2 - 1)
+    assert torch.equal(
+        pixels(Reference(image), *plan([Reference(image)]))[0].movedim(0, -1), image * 2 - 1
+    )
 
 
 def test_alpha_is_dropped():
@@ -99,7 +101,7 @@ def test_ten_are_taken():
 def test_values_that_are_not_numbers(bad):
     image = torch.zeros(64, 64, 3)
     image[5, 6, 0] = bad
-    with pytest.raises(Flux2Error, match="Reference 1 holds values that are not numbers"):
+    with pytest.raises(Flux2Error, match=r"Reference 1 holds values that are not numbers"):
         pixels(Reference(image), *plan([Reference(image)]))
 
 
@@ -109,7 +111,7 @@ def test_files(tmp_path, monkeypatch):
     assert reference.name == "hero" and reference.image.shape == (80, 64, 3)
 
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(Flux2Error, match="text.png cannot be opened"):
+    with pytest.raises(Flux2Error, match=r"text.png cannot be opened"):
         references.read(tmp_path / "text.png")
 
     # A picture beyond Pillow's limit: the limit is lowered, a real one would have 179 million.
@@ -122,7 +124,7 @@ def test_names():
     chain = [blank(64, 64, "Hero"), blank(64, 64), blank(64, 64, "old-car")]
     assert resolve("@hero in @old-car.", chain) == "image 1 in image 3."
     assert resolve("mail me @home", []) == "mail me @home"
-    with pytest.raises(Flux2Error, match="No reference is called @bike. Seen: the names are @hero"):
+    with pytest.raises(Flux2Error, match=r"No reference is called @bike. Seen: the names are @hero"):
         resolve("@bike", chain)
 
 
@@ -136,4 +138,8 @@ def test_lint():
 
 def test_plan_changes_nothing():
     chain = (blank(3000, 2000, "a"),)
-    assert plan(chain) == plan(chain) == (Fit('Reference 1 ("a")', (3000, 2000), (2478, 1652), (2464, 1648)),)
+    assert (
+        plan(chain)
+        == plan(chain)
+        == (Fit('Reference 1 ("a")', (3000, 2000), (2478, 1652), (2464, 1648)),)
+    )

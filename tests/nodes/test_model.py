@@ -45,7 +45,9 @@ def needs(node: str):
     import comfy_extras.nodes_flux as flux
 
     if node == "NAGuidance":
-        module = pytest.importorskip("comfy_extras.nodes_nag", reason="this ComfyUI has no NAGuidance")
+        module = pytest.importorskip(
+            "comfy_extras.nodes_nag", reason="this ComfyUI has no NAGuidance"
+        )
         return module.NAGuidance
     return getattr(flux, node, None) or pytest.skip(f"this ComfyUI has no {node}")
 
@@ -194,7 +196,9 @@ def test_lora_by_the_hosts_loader(host, pair):
     save_file(toy.lora(state), host.models("loras") / "toy.safetensors")
 
     def load(model):
-        return host.call("LoraLoaderModelOnly", model=model, lora_name="toy.safetensors", strength_model=1.0)[0]
+        return host.call(
+            "LoraLoaderModelOnly", model=model, lora_name="toy.safetensors", strength_model=1.0
+        )[0]
 
     assert toy.difference(toy.sampled(pair[1], prepare=load), toy.sampled(pair[1])) > 0.01
     assert compare(pair, prepare=load) < CLOSE

@@ -156,5 +156,3 @@ def stub_tokenizer():
     from flux2_pack.flux2_core.tokenizer import nano_tokenizer
 
     return nano_tokenizer()
-
-
