@@ -6,13 +6,17 @@ is part of the weights: only append, at most NANO_TEXT.vocab_size entries.
 
 import json
 
+from ..configs import NANO_TEXT
+from ..tokenizer import PromptTokenizer
+from ..tokenizer_files import from_json
+
 SPECIAL = ("[pad]", "[unk]", "[bos]")
 
 WORLD = (
     "red green blue yellow purple cyan orange black white gray pink tan "
     "circle square triangle cross ring shape left right top bottom center on background and "
     "an image with the of in color"
-).split()
+)
 
 NUMBERS = [str(n) for n in range(1, 21)]
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")  # "a" is the article too
@@ -26,9 +30,9 @@ WIDER = (
     "that is are has same other another first second third last from as but not "
     "middle upper lower above below under over next beside between near corner here there "
     "draw show paint plain flat solid dark light bright please"
-).split()
+)
 
-WORDS: tuple[str, ...] = (*SPECIAL, *WORLD, *NUMBERS, *LETTERS, *WIDER)
+WORDS: tuple[str, ...] = (*SPECIAL, *WORLD.split(), *NUMBERS, *LETTERS, *WIDER.split())
 
 
 def tokenizer_json() -> str:
@@ -43,7 +47,11 @@ def tokenizer_json() -> str:
         for word in SPECIAL
     ]
     splitter = {"type": "Split", "pattern": {"Regex": r"@\S+|\p{L}+|\p{N}+"}, "behavior": "Removed"}
-    model = {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(WORDS)}, "unk_token": "[unk]"}
+    model = {
+        "type": "WordLevel",
+        "vocab": {w: i for i, w in enumerate(WORDS)},
+        "unk_token": "[unk]",
+    }
     parts = {
         "version": "1.0",
         "truncation": None,
@@ -56,3 +64,8 @@ def tokenizer_json() -> str:
         "model": model,
     }
     return json.dumps(parts, separators=(",", ":"))
+
+
+def nano_tokenizer() -> PromptTokenizer:
+    """The tokenizer that nano's file carries."""
+    return PromptTokenizer(NANO_TEXT, from_json(tokenizer_json()))
