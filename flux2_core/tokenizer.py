@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configs import TextEncoderConfig
+from .configs import NANO_TEXT, TextEncoderConfig
 from .errors import Flux2Error
+from .nano.vocabulary import tokenizer_json
 from .tokenizer_files import Tokenize, from_file, from_json, from_tekken
 
 
@@ -95,6 +96,11 @@ class PromptTokenizer:
                 "Choose the tokenizer published with this text encoder",
             )
         return ids
+
+
+def nano_tokenizer() -> PromptTokenizer:
+    """The tokenizer that nano's file carries."""
+    return PromptTokenizer(NANO_TEXT, from_json(tokenizer_json()))
 
 
 def find_tokenizer(

@@ -6,10 +6,6 @@ is part of the weights: only append, at most NANO_TEXT.vocab_size entries.
 
 import json
 
-from ..configs import NANO_TEXT
-from ..tokenizer import PromptTokenizer
-from ..tokenizer_files import from_json
-
 SPECIAL = ("[pad]", "[unk]", "[bos]")
 
 WORLD = (
@@ -64,8 +60,3 @@ def tokenizer_json() -> str:
         "model": model,
     }
     return json.dumps(parts, separators=(",", ":"))
-
-
-def nano_tokenizer() -> PromptTokenizer:
-    """The tokenizer that nano's file carries."""
-    return PromptTokenizer(NANO_TEXT, from_json(tokenizer_json()))
