@@ -1,5 +1,6 @@
 """The nodes, in the order of a graph."""
 
+from .examples import Flux2KitExamplePicture
 from .flex import Flux2KitFlex
 from .latents import Flux2KitEmptyLatent, Flux2KitVAEDecode, Flux2KitVAEEncode
 from .loaders import (
@@ -26,6 +27,7 @@ NODES = [
     Flux2KitSampler,
     Flux2KitVAEEncode,
     Flux2KitVAEDecode,
+    Flux2KitExamplePicture,
 ]
 
 

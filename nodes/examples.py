@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import torch
-
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.nano import scenes
 from ..flux2_core.references import from_pil
@@ -25,6 +23,7 @@ class Flux2KitExamplePicture(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "text",
+                    multiline=True,
                     default="a red circle left on white background",
                     tooltip="What is in it: one or more of circle, square, triangle, cross, ring, each "
                     "with a colour (red, green, blue, yellow, purple, cyan, orange, black) and a place "
@@ -45,14 +44,14 @@ class Flux2KitExamplePicture(io.ComfyNode):
     @classmethod
     def execute(cls, text, size=128):
         picture = scenes.draw(complete(read(text)), size, size)
-        image = from_pil(picture)[None].to(torch.float32)
+        image = from_pil(picture)[None]
         return io.NodeOutput(image, ui=ui.PreviewImage(image, cls=cls))
 
 
 def read(text: str) -> scenes.Scene:
     """What the text names. Raises Flux2Error for text that is not about shapes."""
     try:
-        scene = scenes.parse(text)
+        return scenes.parse(text)
     except Flux2Error as error:
         raise Flux2Error(
             "FLUX.2 Example Picture draws plain shapes and cannot read this",
@@ -60,7 +59,6 @@ def read(text: str) -> scenes.Scene:
             "Write it like: a red circle left and a blue square right on tan background. For a "
             "picture of your own use Load Image",
         ) from error
-    return scene
 
 
 def complete(scene: scenes.Scene) -> scenes.Scene:

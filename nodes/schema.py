@@ -2,9 +2,9 @@
 
 import inspect
 
-from comfy_api.latest import ComfyExtension, io
+from comfy_api.latest import ComfyExtension, io, ui
 
-__all__ = ["ComfyExtension", "References", "io", "schema"]
+__all__ = ["ComfyExtension", "References", "io", "schema", "ui"]
 
 References = io.Custom("FLUX2KIT_REFERENCES")
 
