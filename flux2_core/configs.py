@@ -26,7 +26,7 @@ class TransformerConfig:
     axes_dim: tuple[int, ...] = (32, 32, 32, 32)
     theta: int = 2000
     mlp_ratio: int = 3
-    text_length: int = 512  # rows the text is padded to: the padding's positions are part of the model
+    text_length: int = 512  # rows the text is padded to: padding has positions too
     kv_references: bool = False  # references see references only and stand at t = 0 (klein 9B-KV)
 
     @property
@@ -119,24 +119,31 @@ class Variant:
     guidance: float
     guidance_kind: str
     size: int = 1024  # native side in pixels
-    max_references: int = 10  # what the publisher recommends at most; more is possible, up to ten
+    max_references: int = 4  # recommended at most; up to ten are possible
 
 
 _KV_9B = TransformerConfig(4096, 12288, 8, 24, guidance_embed=False, kv_references=True)
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
-        Variant("dev", "FLUX.2 dev", TransformerConfig(), "mistral3-24b", 50, 4.0, "embedded", max_references=6),
-        Variant("klein-4b", "FLUX.2 klein 4B", KLEIN_4B, "qwen3-4b", 4, 1.0, "none", max_references=4),
-        Variant("klein-base-4b", "FLUX.2 klein base 4B", KLEIN_4B, "qwen3-4b", 50, 4.0, "cfg", max_references=4),
-        Variant("klein-9b", "FLUX.2 klein 9B", KLEIN_9B, "qwen3-8b", 4, 1.0, "none", max_references=4),
-        Variant("klein-base-9b", "FLUX.2 klein base 9B", KLEIN_9B, "qwen3-8b", 50, 4.0, "cfg", max_references=4),
-        Variant("klein-9b-kv", "FLUX.2 klein 9B-KV", _KV_9B, "qwen3-8b", 4, 1.0, "none", max_references=4),
-        Variant("nano", "nano (built in)", NANO, "nano", 8, 1.0, "cfg", size=128),
+        Variant(
+            "dev", "FLUX.2 dev", TransformerConfig(), "mistral3-24b", 50, 4.0, "embedded", 1024, 6
+        ),
+        Variant("klein-4b", "FLUX.2 klein 4B", KLEIN_4B, "qwen3-4b", 4, 1.0, "none"),
+        Variant("klein-base-4b", "FLUX.2 klein base 4B", KLEIN_4B, "qwen3-4b", 50, 4.0, "cfg"),
+        Variant("klein-9b", "FLUX.2 klein 9B", KLEIN_9B, "qwen3-8b", 4, 1.0, "none"),
+        Variant("klein-base-9b", "FLUX.2 klein base 9B", KLEIN_9B, "qwen3-8b", 50, 4.0, "cfg"),
+        Variant("klein-9b-kv", "FLUX.2 klein 9B-KV", _KV_9B, "qwen3-8b", 4, 1.0, "none"),
+        Variant("nano", "nano (built in)", NANO, "nano", 8, 1.0, "cfg", 128, 10),
     )
 }
 
-MARKS = ("img_in.weight", "txt_in.weight", "double_stream_modulation_img.lin.weight", "final_layer.linear.weight")
+MARKS = (
+    "img_in.weight",
+    "txt_in.weight",
+    "double_stream_modulation_img.lin.weight",
+    "final_layer.linear.weight",
+)
 
 
 def detect(shapes: Shapes) -> TransformerConfig:
@@ -161,7 +168,11 @@ def detect(shapes: Shapes) -> TransformerConfig:
             "Choose a FLUX.2 dev or klein file",
         )
     if hidden % 128:
-        raise Flux2Error("This model's width is no multiple of a FLUX.2 head", f"{hidden}", "The file may be damaged")
+        raise Flux2Error(
+            "This model's width is no multiple of a FLUX.2 head",
+            f"{hidden}",
+            "The file may be damaged",
+        )
     config = TransformerConfig(
         hidden,
         context,
@@ -185,4 +196,6 @@ def count(shapes: Shapes, name: str) -> int:
 
 def _plain(config: TransformerConfig) -> TransformerConfig:
     c = config
-    return TransformerConfig(c.hidden_size, c.context_dim, c.double_blocks, c.single_blocks, c.guidance_embed)
+    return TransformerConfig(
+        c.hidden_size, c.context_dim, c.double_blocks, c.single_blocks, c.guidance_embed
+    )

@@ -33,7 +33,9 @@ def swiglu(x: Tensor) -> Tensor:
 def sinusoid(t: Tensor, dim: int = 256) -> Tensor:
     """(B,) in [0, 1] -> float32 (B, dim) = [cos, sin] of 1000 t 10000^(-i / (dim / 2))."""
     half = dim // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequency = torch.exp(
+        -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angle = 1000.0 * t.float()[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), -1)
 
@@ -100,7 +102,11 @@ class Modulation(NamedTuple):
         head, tail = self._split(n)
         t = self.tail
         return torch.cat(
-            (torch.addcmul(self.shift, head, 1 + self.scale), torch.addcmul(t.shift, tail, 1 + t.scale)), 1
+            (
+                torch.addcmul(self.shift, head, 1 + self.scale),
+                torch.addcmul(t.shift, tail, 1 + t.scale),
+            ),
+            1,
         )
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
@@ -108,7 +114,9 @@ class Modulation(NamedTuple):
         if self.tail is None:
             return torch.addcmul(x, self.gate, y)
         (x0, x1), (y0, y1) = self._split(x), self._split(y)
-        return torch.cat((torch.addcmul(x0, self.gate, y0), torch.addcmul(x1, self.tail.gate, y1)), 1)
+        return torch.cat(
+            (torch.addcmul(x0, self.gate, y0), torch.addcmul(x1, self.tail.gate, y1)), 1
+        )
 
     def head(self) -> "Modulation":
         """The set of the rows before the tail."""
@@ -126,7 +134,9 @@ class ModulationLayer(nn.Module):
         self.sets = sets
         self.lin = linear(ops, hidden, 3 * sets * hidden, **kw)
 
-    def forward(self, vec: Tensor, tail: Tensor | None = None, tail_rows: int = 0) -> tuple[Modulation, ...]:
+    def forward(
+        self, vec: Tensor, tail: Tensor | None = None, tail_rows: int = 0
+    ) -> tuple[Modulation, ...]:
         parts = self._parts(vec)
         if tail is None:
             return tuple(Modulation(*part) for part in parts)

@@ -28,7 +28,9 @@ def picture_ids(height: int, width: int, t: float = 0) -> Tensor:
     return ids.reshape(-1, 4)
 
 
-def sequence_ids(text: int, picture: tuple[int, int], references: tuple[tuple[int, int], ...] = ()) -> Tensor:
+def sequence_ids(
+    text: int, picture: tuple[int, int], references: tuple[tuple[int, int], ...] = ()
+) -> Tensor:
     """Ids of the whole sequence [text, picture, reference 0, reference 1, ...] -> (T, 4)."""
     parts = [text_ids(text), picture_ids(*picture)]
     parts += [picture_ids(h, w, REFERENCE_T * (i + 1)) for i, (h, w) in enumerate(references)]
@@ -42,7 +44,9 @@ def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Tensor, 
     """
     angles = []
     for axis, dim in enumerate(axes_dim):
-        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim)
+        frequency = theta ** (
+            -torch.arange(0, dim, 2, dtype=torch.float64, device=ids.device) / dim
+        )
         angles.append(ids[:, axis, None].double() * frequency)
     angle = torch.cat(angles, -1)
     return angle.cos().float(), angle.sin().float()

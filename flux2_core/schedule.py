@@ -35,6 +35,8 @@ def shift(u: Tensor, mu: float) -> Tensor:
 def sigmas(steps: int, *, width: int, height: int) -> Tensor:
     """-> float32 (steps + 1,), from 1 to 0, for a picture of width x height pixels."""
     if steps < 1:
-        raise Flux2Error("A picture needs at least one step", f"{steps} steps", "Set steps to 1 or more")
+        raise Flux2Error(
+            "A picture needs at least one step", f"{steps} steps", "Set steps to 1 or more"
+        )
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return shift(u, mu((height // 16) * (width // 16), steps)).float()

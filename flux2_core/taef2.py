@@ -26,7 +26,13 @@ class Block(nn.Module):
 
     def __init__(self, width: int = 64, gated: bool = False, ops=nn):
         super().__init__()
-        parts = [conv(width, width, ops), nn.ReLU(), conv(width, width, ops), nn.ReLU(), conv(width, width, ops)]
+        parts = [
+            conv(width, width, ops),
+            nn.ReLU(),
+            conv(width, width, ops),
+            nn.ReLU(),
+            conv(width, width, ops),
+        ]
         self.conv = nn.Sequential(*parts)
         self.pool = _gate(width, ops) if gated else None
 

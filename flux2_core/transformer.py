@@ -63,7 +63,11 @@ class Stream:
 
     def attention(self, attend=attend):
         """The attention callable for this layout."""
-        return partial(attend_isolated, references=self.isolated, attend=attend) if self.isolated else attend
+        return (
+            partial(attend_isolated, references=self.isolated, attend=attend)
+            if self.isolated
+            else attend
+        )
 
 
 class SelfAttention(nn.Module):
@@ -91,7 +95,9 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def mlp(hidden: int, ratio: int, ops, **kw) -> nn.ModuleDict:
     """SwiGLU feed-forward under the checkpoint's names 0 and 2."""
     inner = ratio * hidden
-    return nn.ModuleDict({"0": linear(ops, hidden, 2 * inner, **kw), "2": linear(ops, inner, hidden, **kw)})
+    return nn.ModuleDict(
+        {"0": linear(ops, hidden, 2 * inner, **kw), "2": linear(ops, inner, hidden, **kw)}
+    )
 
 
 def feed_forward(layers: nn.ModuleDict, x: Tensor) -> Tensor:
@@ -113,7 +119,9 @@ class DoubleBlock(nn.Module):
         img1, img2 = img_mod
         txt1, txt2 = txt_mod
         pairs = zip(
-            self.txt_attn.heads_of(txt1.modulate(txt)), self.img_attn.heads_of(img1.modulate(img)), strict=True
+            self.txt_attn.heads_of(txt1.modulate(txt)),
+            self.img_attn.heads_of(img1.modulate(img)),
+            strict=True,
         )
         q, k, v = (torch.cat(pair, 2) for pair in pairs)
         out = attend(rotate(q, *rope), rotate(k, *rope), v)
@@ -137,7 +145,9 @@ class SingleBlock(nn.Module):
         self.linear2 = linear(ops, h + inner, h, **kw)
         self.norm = QKNorm(config.head_dim, ops, **kw)
 
-    def forward(self, x: Tensor, mod: Modulation, rope, attend=attend, rows: slice | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mod: Modulation, rope, attend=attend, rows: slice | None = None
+    ) -> Tensor:
         """x (B, T, h) -> the same, or only `rows` of it: keys and values always come from all rows."""
         qkv, hidden = self.linear1(mod.modulate(x)).split(self.split, -1)
         q, k, v = split_heads(qkv, self.heads)
@@ -181,8 +191,12 @@ class Flux2Transformer(nn.Module):
         self.double_stream_modulation_img = ModulationLayer(h, 2, ops, **kw)
         self.double_stream_modulation_txt = ModulationLayer(h, 2, ops, **kw)
         self.single_stream_modulation = ModulationLayer(h, 1, ops, **kw)
-        self.double_blocks = nn.ModuleList(DoubleBlock(config, ops, **kw) for _ in range(config.double_blocks))
-        self.single_blocks = nn.ModuleList(SingleBlock(config, ops, **kw) for _ in range(config.single_blocks))
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(config, ops, **kw) for _ in range(config.double_blocks)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(config, ops, **kw) for _ in range(config.single_blocks)
+        )
         self.final_layer = LastLayer(config, ops, **kw)
 
     def forward(
@@ -275,5 +289,10 @@ class Flux2Transformer(nn.Module):
 
 def encoder_for(context_dim: int) -> str:
     """Plain words for the text encoder that a model of this context width reads."""
-    names = {15360: "Mistral-3 24B (FLUX.2 dev)", 7680: "Qwen3 4B (klein 4B)", 12288: "Qwen3 8B (klein 9B)", 384: "nano's own"}
+    names = {
+        15360: "Mistral-3 24B (FLUX.2 dev)",
+        7680: "Qwen3 4B (klein 4B)",
+        12288: "Qwen3 8B (klein 9B)",
+        384: "nano's own",
+    }
     return names.get(context_dim, f"a text encoder that gives {context_dim} values a token")

@@ -67,7 +67,12 @@ def every_single(jitters: int) -> np.ndarray:
 def single_index(shape, color, place, background, j):
     """Where `every_single` has a scene."""
     index = shape
-    for value, size in ((color, len(COLORS)), (place, len(PLACES)), (background, len(BACKGROUNDS)), (j, JITTERS)):
+    for value, size in (
+        (color, len(COLORS)),
+        (place, len(PLACES)),
+        (background, len(BACKGROUNDS)),
+        (j, JITTERS),
+    ):
         index = index * size + value
     return index
 
@@ -112,7 +117,12 @@ def plan() -> dict[str, tuple[np.ndarray, int, int]]:
 def encode(net, labels, width, height, keep: int):
     latents, pixels = [], []
     for start in range(0, len(labels), 32):
-        pictures = np.stack([np.asarray(scenes.draw(scene(row), width, height)) for row in labels[start : start + 32]])
+        pictures = np.stack(
+            [
+                np.asarray(scenes.draw(scene(row), width, height))
+                for row in labels[start : start + 32]
+            ]
+        )
         batch = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         latents.append(taef2.encode(net, batch.bfloat16() / 127.5 - 1).bfloat16())
         if start < keep:
@@ -135,7 +145,10 @@ def build(teacher: Path, pool: Path, part: int = 0, parts: int = 1) -> None:
             begun = time.time()
             keep = len(cut) if "256" not in name else 256
             latents, pixels = encode(net, labels[cut], width, height, keep)
-            torch.save({"labels": torch.from_numpy(labels[cut]), "latents": latents, "pixels": pixels}, file.with_suffix(".tmp"))
+            torch.save(
+                {"labels": torch.from_numpy(labels[cut]), "latents": latents, "pixels": pixels},
+                file.with_suffix(".tmp"),
+            )
             file.with_suffix(".tmp").rename(file)
             print(f"{file.name}: {len(cut)} pictures in {time.time() - begun:.0f} s", flush=True)
 
@@ -146,13 +159,17 @@ def hash_of(name: str) -> int:
 
 def load(pool: Path, name: str) -> dict[str, torch.Tensor]:
     """A pool set, its parts joined; pixels left on disk."""
-    parts = sorted(pool.glob(f"{name}.*.pt"), key=lambda p: int(p.name.split(".")[1].split("of")[0]))
+    parts = sorted(
+        pool.glob(f"{name}.*.pt"), key=lambda p: int(p.name.split(".")[1].split("of")[0])
+    )
     data = [torch.load(p, mmap=True) for p in parts]
     return {key: torch.cat([d[key] for d in data]) for key in ("labels", "latents")}
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--teacher", type=Path, required=True)
     arguments.add_argument("--pool", type=Path, required=True)
     arguments.add_argument("--part", type=int, default=0)

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from nano_pool import build, plan, scenes, taef2
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
+
+from nano_pool import build, plan, scene, scenes, some, taef2
 
 from flux2_pack.flux2_core.autoencoder import AutoEncoder
 from flux2_pack.flux2_core.configs import AutoEncoderConfig
@@ -56,7 +57,10 @@ def other_picture(r: random.Random, side: int) -> Image.Image:
 
 
 def tensor(pictures) -> torch.Tensor:
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    return (
+        torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5
+        - 1
+    )
 
 
 class Data:
@@ -67,11 +71,15 @@ class Data:
         self.sets = {64: self.read(pool, ["one_64"]), 128: self.read(pool, ["one_128", "two_128"])}
         pictures = tensor([other_picture(self.random, 64) for _ in range(1200)])
         with torch.inference_mode():
-            latents = [taef2.encode(teacher, part).clone() for part in pictures.bfloat16().split(64)]
+            latents = [
+                taef2.encode(teacher, part).clone() for part in pictures.bfloat16().split(64)
+            ]
         self.others = (((pictures + 1) * 127.5).round().byte(), torch.cat(latents))
 
     def read(self, pool: Path, names) -> tuple[torch.Tensor, torch.Tensor]:
-        files = [torch.load(p, mmap=True) for name in names for p in sorted(pool.glob(f"{name}.*.pt"))]
+        files = [
+            torch.load(p, mmap=True) for name in names for p in sorted(pool.glob(f"{name}.*.pt"))
+        ]
         return torch.cat([f["pixels"] for f in files]), torch.cat([f["latents"] for f in files])
 
     def batch(self, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -100,10 +108,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def evaluate(vae: AutoEncoder, teacher: Path) -> dict[str, float]:
     """Mean PSNR in dB on 64 fresh scenes of 128 pixels, and TAEF2's own for comparison."""
     r = random.Random(12345)
-    wish = lambda: scenes.Thing(  # noqa: E731
-        r.choice(scenes.SHAPES), r.choice(list(scenes.COLORS)), r.choice(list(scenes.PLACES)), r.uniform(*scenes.SIZES)
-    )
-    made = [scenes.Scene((wish(),), r.choice(list(scenes.BACKGROUNDS))) for _ in range(64)]
+    made = [scene(row) for row in some(64, 0.3, 12345)]
     x = tensor([scenes.draw(s) for s in made])
     encoder, decoder = taef2.encoder(), taef2.decoder()
     encoder.load_state_dict(load_file(teacher / "taef2_encoder.safetensors"))
@@ -122,14 +127,19 @@ def evaluate(vae: AutoEncoder, teacher: Path) -> dict[str, float]:
 
 
 def save(vae: AutoEncoder, path: Path) -> None:
-    state = {k: v.bfloat16().contiguous() if v.is_floating_point() else v for k, v in vae.state_dict().items()}
+    state = {
+        k: v.bfloat16().contiguous() if v.is_floating_point() else v
+        for k, v in vae.state_dict().items()
+    }
     kit = json.dumps({"variant": "nano"})
     save_file(state, path.with_suffix(".tmp"), {"flux2_kit": kit})
     path.with_suffix(".tmp").replace(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--teacher", type=Path, required=True, help="folder of TAEF2's weights")
     parser.add_argument("--pool", type=Path, help="folder of encoded pictures")
     parser.add_argument("--out", type=Path, default=HOME)
@@ -140,7 +150,12 @@ def main() -> None:
     options = parser.parse_args()
     vae = fresh()
     if options.out.exists():
-        vae.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(options.out).items()})
+        vae.load_state_dict(
+            {
+                k: v.float() if v.is_floating_point() else v
+                for k, v in load_file(options.out).items()
+            }
+        )
     if not options.evaluate:
         train(vae, options)
     for name, value in evaluate(vae.eval(), options.teacher).items():
@@ -154,11 +169,19 @@ def train(vae: AutoEncoder, options) -> None:
     teacher.load_state_dict(load_file(options.teacher / "taef2_encoder.safetensors"))
     data = Data(options.pool, teacher.bfloat16(), random.SystemRandom().randrange(2**31))
     vae.train().to(memory_format=torch.channels_last)
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=False)
-    optimizer = torch.optim.AdamW(vae.parameters(), options.rate, betas=(0.9, 0.99), weight_decay=0.001, fused=True)
+    average = torch.optim.swa_utils.AveragedModel(
+        vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99), use_buffers=False
+    )
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), options.rate, betas=(0.9, 0.99), weight_decay=0.001, fused=True
+    )
     begun, saved, step, mean = time.time(), time.time(), 0, None
     while (share := (time.time() - begun) / 60 / options.minutes) < 1:
-        rate = options.rate * min(1.0, (step + 1) / 50) * max(0.02, 0.5 + 0.5 * math.cos(math.pi * share))
+        rate = (
+            options.rate
+            * min(1.0, (step + 1) / 50)
+            * max(0.02, 0.5 + 0.5 * math.cos(math.pi * share))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         pixels, latents = data.batch(options.batch)
@@ -172,7 +195,9 @@ def train(vae: AutoEncoder, options) -> None:
         step += 1
         mean = value.item() if mean is None else 0.98 * mean + 0.02 * value.item()
         if step % 50 == 0:
-            print(f"{(time.time() - begun) / 60:5.1f} min  step {step}  loss {mean:.4f}", flush=True)
+            print(
+                f"{(time.time() - begun) / 60:5.1f} min  step {step}  loss {mean:.4f}", flush=True
+            )
         if time.time() - saved > 240:
             save(average.module, options.out)
             print(evaluate(average.module, options.teacher), flush=True)

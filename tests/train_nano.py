@@ -19,19 +19,39 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from nano_pool import BACKGROUNDS, COLORS, JITTERS, PLACES, SHAPES, build, load, plan, scenes, single_index
 from safetensors.torch import load_file, save_file
+
+from nano_pool import (
+    BACKGROUNDS,
+    COLORS,
+    JITTERS,
+    PLACES,
+    SHAPES,
+    build,
+    load,
+    plan,
+    scenes,
+    single_index,
+)
 
 from flux2_pack.flux2_core.configs import NANO, NANO_TEXT
 from flux2_pack.flux2_core.nano.vocabulary import tokenizer_json
-from flux2_pack.flux2_core.tokenizer import nano_tokenizer
 from flux2_pack.flux2_core.text_encoder import TextEncoder
+from flux2_pack.flux2_core.tokenizer import nano_tokenizer
 from flux2_pack.flux2_core.transformer import Controls, Flux2Transformer
 
 HOME = Path(__file__).resolve().parents[1] / "flux2_core" / "nano"
 KV = Controls(kv_references=True)
 # task: share of steps. Batches have equal token counts, so 256 x 256 has fewer pictures a step.
-TASKS = {"one": 0.22, "two": 0.08, "large": 0.30, "sizes": 0.05, "edit": 0.20, "mix": 0.08, "pick": 0.07}
+TASKS = {
+    "one": 0.22,
+    "two": 0.08,
+    "large": 0.30,
+    "sizes": 0.05,
+    "edit": 0.20,
+    "mix": 0.08,
+    "pick": 0.07,
+}
 
 
 class Data:
@@ -46,7 +66,9 @@ class Data:
         task = self.random.choices(list(self.tasks), self.tasks.values())[0]
         if task in ("edit", "mix", "pick"):
             return self.referenced(task)
-        name = {"one": "one_128", "two": "two_128", "large": "any_256"}.get(task) or self.random.choice(self.sizes)
+        name = {"one": "one_128", "two": "two_128", "large": "any_256"}.get(
+            task
+        ) or self.random.choice(self.sizes)
         data = self.sets[name]
         n = self.count(data["latents"][0, 0].numel())
         rows, prompts = [], []
@@ -84,7 +106,9 @@ class Data:
         r = self.random
         most = {"edit": 4, "mix": 6, "pick": 10}[task]
         least = {"edit": 1, "mix": 2, "pick": 3}[task]
-        many = r.choice([least, r.randint(least, most)]) if task != "pick" else r.randint(least, most)
+        many = (
+            r.choice([least, r.randint(least, most)]) if task != "pick" else r.randint(least, most)
+        )
         sides = [128 if many <= 3 and r.random() < 0.35 else 64 for _ in range(many)]
         if task == "edit" and r.random() < 0.5:
             sides = [r.choice((64, 128))] * many
@@ -105,7 +129,13 @@ class Data:
         r = self.random
         shape = r.randrange(len(SHAPES)) if shape is None else shape
         color = r.randrange(len(COLORS)) if color is None else color
-        return (shape, color, r.randrange(len(PLACES)), r.randrange(len(BACKGROUNDS)), r.randrange(JITTERS))
+        return (
+            shape,
+            color,
+            r.randrange(len(PLACES)),
+            r.randrange(len(BACKGROUNDS)),
+            r.randrange(JITTERS),
+        )
 
     def edit(self, many):
         """The picture as it was, with another colour or another background."""
@@ -124,8 +154,13 @@ class Data:
     def mix(self, many):
         refs = [self.any_reference() for _ in range(many)]
         i, j = self.random.sample(range(many), 2)
-        place, background = self.random.randrange(len(PLACES)), self.random.randrange(len(BACKGROUNDS))
-        index = single_index(refs[i][0], refs[j][1], place, background, self.random.randrange(JITTERS))
+        place, background = (
+            self.random.randrange(len(PLACES)),
+            self.random.randrange(len(BACKGROUNDS)),
+        )
+        index = single_index(
+            refs[i][0], refs[j][1], place, background, self.random.randrange(JITTERS)
+        )
         prompt = scenes.mix_prompt(i + 1, j + 1, PLACES[place], BACKGROUNDS[background])
         return self.sets["one_128"]["latents"][index], prompt, [single_index(*ref) for ref in refs]
 
@@ -134,10 +169,19 @@ class Data:
         refs = [self.any_reference() for _ in range(many)]
         i, k = self.random.sample(range(many), 2)
         if self.random.random() < 0.5:
-            place, background = self.random.randrange(len(PLACES)), self.random.randrange(len(BACKGROUNDS))
-            index = single_index(refs[i][0], refs[i][1], place, background, self.random.randrange(JITTERS))
+            place, background = (
+                self.random.randrange(len(PLACES)),
+                self.random.randrange(len(BACKGROUNDS)),
+            )
+            index = single_index(
+                refs[i][0], refs[i][1], place, background, self.random.randrange(JITTERS)
+            )
             prompt = scenes.pick_prompt([(i + 1, PLACES[place])], BACKGROUNDS[background])
-            return self.sets["one_128"]["latents"][index], prompt, [single_index(*ref) for ref in refs]
+            return (
+                self.sets["one_128"]["latents"][index],
+                prompt,
+                [single_index(*ref) for ref in refs],
+            )
         pair = self.sets["two_128"]
         row = self.random.randrange(len(pair["labels"]))
         s1, c1, p1, s2, c2, p2, background, _ = pair["labels"][row].tolist()
@@ -159,7 +203,11 @@ class Nano(torch.nn.Module):
     def start(self):
         """Fresh weights: modulation and the output start at zero."""
         t = self.transformer
-        for layer in (t.double_stream_modulation_img, t.double_stream_modulation_txt, t.single_stream_modulation):
+        for layer in (
+            t.double_stream_modulation_img,
+            t.double_stream_modulation_txt,
+            t.single_stream_modulation,
+        ):
             torch.nn.init.zeros_(layer.lin.weight)
         torch.nn.init.zeros_(t.final_layer.linear.weight)
         torch.nn.init.zeros_(t.final_layer.adaLN_modulation["1"].weight)
@@ -176,7 +224,9 @@ class Nano(torch.nn.Module):
         at = t[:, None, None, None]
         # a little noise on references: at work they come from nano's own encoder, not the teacher's
         blur = 0.15 * torch.rand(1, generator=generator).item()
-        references = [(r + blur * torch.randn(r.shape, generator=generator)).to(dtype) for r in references]
+        references = [
+            (r + blur * torch.randn(r.shape, generator=generator)).to(dtype) for r in references
+        ]
         controls = KV if references and torch.rand(1, generator=generator).item() < 1 / 3 else None
         x = (at * noise + (1 - at) * x0).to(dtype)
         v = self.transformer(x, t, context, references=references, controls=controls)
@@ -191,13 +241,20 @@ class Optimizer:
         self.work = list(model.parameters())
         self.masters = [torch.nn.Parameter(p.detach().float().clone()) for p in self.work]
         names = [name for name, _ in model.named_parameters()]
-        inner = [("blocks." in n or "text.model.layers" in n) and p.ndim == 2 for n, p in zip(names, self.work, strict=True)]
+        inner = [
+            ("blocks." in n or "text.model.layers" in n) and p.ndim == 2
+            for n, p in zip(names, self.work, strict=True)
+        ]
         self.matrices = [m for m, i in zip(self.masters, inner, strict=True) if i]
         self.owner = [i % ranks for i in range(len(self.matrices))]
         mine = [m for m, o in zip(self.matrices, self.owner, strict=True) if o == rank]
         rest = [m for m, i in zip(self.masters, inner, strict=True) if not i]
-        self.muon = torch.optim.Muon(mine, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        self.adam = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.muon = torch.optim.Muon(
+            mine, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adam = torch.optim.AdamW(
+            rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.rate, self.rank, self.ranks = rate, rank, ranks
 
     def step(self, scale: float) -> float:
@@ -209,7 +266,9 @@ class Optimizer:
             grads /= self.ranks
         norm = grads.norm().item()
         grads *= min(1.0, 1.0 / (norm + 1e-6))
-        for master, part in zip(self.masters, grads.split([p.numel() for p in self.work]), strict=True):
+        for master, part in zip(
+            self.masters, grads.split([p.numel() for p in self.work]), strict=True
+        ):
             master.grad = part.view_as(master)
         for optimizer in (self.muon, self.adam):
             for group in optimizer.param_groups:
@@ -240,7 +299,11 @@ def save(model: Nano, ema: list[torch.Tensor], record: dict, folder: Path) -> No
             p.copy_(e)
     folder.mkdir(parents=True, exist_ok=True)
     kit = {"variant": "nano", **record}
-    save_atomic(clone.transformer.state_dict(), folder / "nano_transformer.safetensors", {"flux2_kit": json.dumps(kit)})
+    save_atomic(
+        clone.transformer.state_dict(),
+        folder / "nano_transformer.safetensors",
+        {"flux2_kit": json.dumps(kit)},
+    )
     text = {"flux2_kit": json.dumps({"variant": "nano"}), "tokenizer_json": tokenizer_json()}
     save_atomic(clone.text.state_dict(), folder / "nano_text.safetensors", text)
 
@@ -309,7 +372,10 @@ def train(rank: int, options) -> None:
         average = total if average is None else 0.98 * average + 0.02 * total
         if rank == 0 and (step % 50 == 0 or step == 5):
             minutes = (time.time() - begun) / 60
-            print(f"{minutes:6.1f} min  step {step}  samples {samples}  loss {average:.4f}  rate {scale:.2f}", flush=True)
+            print(
+                f"{minutes:6.1f} min  step {step}  samples {samples}  loss {average:.4f}  rate {scale:.2f}",
+                flush=True,
+            )
         if rank == 0 and time.time() - saved > 60 * options.save_every:
             save(model, ema, {"samples": samples}, options.out)
             saved = time.time()
@@ -320,9 +386,13 @@ def train(rank: int, options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pool", type=Path, required=True, help="folder of encoded pictures")
-    parser.add_argument("--teacher", type=Path, help="folder of TAEF2's weights, to make a missing pool")
+    parser.add_argument(
+        "--teacher", type=Path, help="folder of TAEF2's weights, to make a missing pool"
+    )
     parser.add_argument("--out", type=Path, default=HOME)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--save-every", type=float, default=5, help="minutes")

@@ -74,16 +74,23 @@ class Scene:
 
 
 def draw(scene: Scene, width: int = 128, height: int = 128) -> Image.Image:
-    """An RGB picture, drawn at twice the size and averaged down."""
-    big = Image.new("RGB", (2 * width, 2 * height), BACKGROUNDS[scene.background])
+    """An RGB picture, drawn at twice the size and averaged down. Nothing in the scene may be free."""
+    big = Image.new("RGB", (2 * width, 2 * height), BACKGROUNDS[_given(scene.background)])
     pen = ImageDraw.Draw(big)
     side = 2 * min(width, height)
     for thing in scene.things:
-        x, y = PLACES[thing.place]
+        x, y = PLACES[_given(thing.place)]
         x, y = (x + thing.offset[0]) * 2 * width, (y + thing.offset[1]) * 2 * height
         half = thing.size * side / 2
-        _draw_shape(pen, thing.shape, (x - half, y - half, x + half, y + half), COLORS[thing.color])
+        box = (x - half, y - half, x + half, y + half)
+        _draw_shape(pen, _given(thing.shape), box, COLORS[_given(thing.color)])
     return big.resize((width, height), Image.Resampling.BOX)
+
+
+def _given(attribute: str | None) -> str:
+    if attribute is None:
+        raise ValueError("a scene to draw needs every attribute")
+    return attribute
 
 
 def _draw_shape(pen, shape: str, box: tuple[float, float, float, float], fill) -> None:
@@ -134,7 +141,9 @@ def mix_prompt(shape_of: int, color_of: int, place: str, background: str) -> str
 
 def pick_prompt(picks: Sequence[tuple[int, str]], background: str) -> str:
     """picks: (image, place) each; the object is taken as it is, with its colour."""
-    return _finish(" and ".join(f"the shape of image {i} {place}" for i, place in picks), background)
+    return _finish(
+        " and ".join(f"the shape of image {i} {place}" for i, place in picks), background
+    )
 
 
 def held_back(prompt: str) -> bool:
@@ -157,16 +166,24 @@ def parse(prompt: str, references: Sequence[Scene] = ()) -> Scene:
         scene = _reference(references, match[1], prompt)
         things = scene.things
         if match[2]:
-            things = tuple(replace(thing, color=_known(match[2], COLORS, prompt)) for thing in things)
+            things = tuple(
+                replace(thing, color=_known(match[2], COLORS, prompt)) for thing in things
+            )
         return Scene(things, background or scene.background)
-    return Scene(tuple(_thing(part, references, prompt) for part in body.split(" and ")), background)
+    return Scene(
+        tuple(_thing(part, references, prompt) for part in body.split(" and ")), background
+    )
 
 
 def _thing(text: str, references: Sequence[Scene], prompt: str) -> Thing:
     place = f"(?: ({'|'.join(PLACES)}))?"
-    if match := re.fullmatch(rf"the shape of image (\d+)(?: in the color of image (\d+))?{place}", text):
+    if match := re.fullmatch(
+        rf"the shape of image (\d+)(?: in the color of image (\d+))?{place}", text
+    ):
         source = _reference(references, match[1], prompt).things[0]
-        color = _reference(references, match[2], prompt).things[0].color if match[2] else source.color
+        color = (
+            _reference(references, match[2], prompt).things[0].color if match[2] else source.color
+        )
         return Thing(source.shape, color, match[3])
     pattern = rf"an?(?: ({'|'.join(COLORS)}))? ({'|'.join(SHAPES)}|shape){place}"
     if match := re.fullmatch(pattern, text):
@@ -213,7 +230,9 @@ class Report:
         return self.count and self.shape and self.color and self.place and self.background
 
     def __str__(self) -> str:
-        wrong = [n for n in ("count", "shape", "color", "place", "background") if not getattr(self, n)]
+        wrong = [
+            n for n in ("count", "shape", "color", "place", "background") if not getattr(self, n)
+        ]
         seen = describe(self.found) if self.found.things else "no object"
         return "right" if self.ok else f"wrong {', '.join(wrong)}: saw {seen}"
 
@@ -222,7 +241,9 @@ def check(image, wanted: Scene | str) -> Report:
     """Read a picture (PIL, or uint8 array (H, W, 3)) and hold it against what was wanted."""
     if isinstance(wanted, str):
         wanted = parse(wanted)
-    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, np.float32)
+    pixels = np.asarray(
+        image.convert("RGB") if isinstance(image, Image.Image) else image, np.float32
+    )
     background, things = _read(pixels)
     found = Scene(tuple(thing for thing, _ in things), background)
     if wanted.anything:
@@ -278,7 +299,9 @@ def _read(pixels: np.ndarray) -> tuple[str | None, list[tuple[Thing, tuple[float
 
 
 def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str | None:
-    distances = {name: float(np.linalg.norm(color - np.array(rgb))) for name, rgb in palette.items()}
+    distances = {
+        name: float(np.linalg.norm(color - np.array(rgb))) for name, rgb in palette.items()
+    }
     name = min(distances, key=distances.__getitem__)
     return name if distances[name] <= COLOR_TOLERANCE else None
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import report
 import torch
 from PIL import Image
+
+import report
 
 from flux2_pack.flux2_core import latents, schedule, taef2
 from flux2_pack.flux2_core.guidance import velocity
@@ -78,9 +79,7 @@ def case(kind: str, r: random.Random) -> Case:
         references = tuple(reference(r) for _ in range(10))
         place = r.choice(list(scenes.OPPOSITE))
         first, second = r.sample(range(1, 11), 2)
-        prompt = scenes.pick_prompt(
-            [(first, place), (second, scenes.OPPOSITE[place])], background
-        )
+        prompt = scenes.pick_prompt([(first, place), (second, scenes.OPPOSITE[place])], background)
     return Case(prompt, scenes.parse(prompt, references), references)
 
 
@@ -97,7 +96,10 @@ def cases(kind: str, n: int) -> list[Case]:
 
 def tensor(pictures: list[Image.Image]) -> torch.Tensor:
     """RGB pictures of one size -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5 - 1
+    return (
+        torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2) / 127.5
+        - 1
+    )
 
 
 def pictures(x: torch.Tensor) -> list[Image.Image]:
@@ -106,7 +108,9 @@ def pictures(x: torch.Tensor) -> list[Image.Image]:
 
 
 @torch.inference_mode()
-def draw(pipe: Pipeline, batch: list[Case], seed: int, steps: int, guidance: float, side: int, kv: bool):
+def draw(
+    pipe: Pipeline, batch: list[Case], seed: int, steps: int, guidance: float, side: int, kv: bool
+):
     """A batch of cases of one set -> their pictures. Noise i is that of seed + i alone."""
     refs = []
     for i in range(len(batch[0].references)):
@@ -162,7 +166,13 @@ def autoencoder(pipe: Pipeline, folder: Path | None, out: report.Report) -> None
 
         net = taef2.decoder()
         net.load_state_dict(load_file(folder / "taef2_decoder.safetensors"))
-        out.add("TAEF2's decoder on our latents", "PSNR", psnr(x, taef2.decode(net, z)), "dB", at_least=28.0)
+        out.add(
+            "TAEF2's decoder on our latents",
+            "PSNR",
+            psnr(x, taef2.decode(net, z)),
+            "dB",
+            at_least=28.0,
+        )
 
 
 def speed(pipe: Pipeline, steps: int, out: report.Report) -> None:
@@ -185,7 +195,9 @@ def sheet(rows: dict[str, list[Image.Image]], file: Path, columns: int = 10) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     report.options(parser)
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--cases", type=int, default=200)

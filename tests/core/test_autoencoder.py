@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core import latents
 from flux2_pack.flux2_core.autoencoder import AutoEncoder, detect_autoencoder, groups
 from flux2_pack.flux2_core.configs import AutoEncoderConfig

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from flux2_pack.flux2_core.autoencoder import AutoEncoder
 from flux2_pack.flux2_core.checkpoint import (
     check_keys,
@@ -23,7 +25,6 @@ from flux2_pack.flux2_core.keymaps import (
     to_diffusers,
 )
 from flux2_pack.flux2_core.transformer import Flux2Transformer
-from safetensors.torch import save_file
 
 TOY = TransformerConfig(256, 96, 2, 3, guidance_embed=True)
 TOY_VAE = AutoEncoderConfig(32, 32, latent_channels=32)

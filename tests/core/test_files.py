@@ -5,11 +5,12 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from flux2_pack.flux2_core.checkpoint import load_autoencoder, load_transformer
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.files import MAX_HEADER, Entry, open_checkpoint, read_header
 from flux2_pack.flux2_core.recognise import precision
-from safetensors.torch import save_file
 
 
 def good(folder, names=("a", "b"), name="model.safetensors"):
@@ -286,6 +287,7 @@ QUANTISED = {
     "4 bit (bitsandbytes)": {f"{Q}.weight": "U8", f"{Q}.weight.quant_map": "F32"},
     "": {f"{Q}.weight": "F8_E4M3", "img_in.weight": "BF16"},
     " ": {f"{Q}.weight": "BF16", "single_blocks.0.norm.key_norm.scale": "F32"},
+    "  ": {f"{Q}.weight": "BF16", f"{Q}.weight_scale": "F32"},
 }
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core.autoencoder import AutoEncoder
 from flux2_pack.flux2_core.configs import VARIANTS, AutoEncoderConfig, TransformerConfig
 from flux2_pack.flux2_core.keymaps import AUTOENCODER, TRANSFORMER, to_bfl, to_diffusers

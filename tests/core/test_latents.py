@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.latents import check_size, grid, noise, pack, tokens, unpack
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from PIL import Image
+
 from flux2_pack.flux2_core import configs, latents, schedule
 from flux2_pack.flux2_core.autoencoder import AutoEncoder
 from flux2_pack.flux2_core.errors import Flux2Error
@@ -11,7 +13,6 @@ from flux2_pack.flux2_core.sampling import denoise
 from flux2_pack.flux2_core.text_encoder import TextEncoder
 from flux2_pack.flux2_core.tokenizer import nano_tokenizer
 from flux2_pack.flux2_core.transformer import Flux2Transformer
-from PIL import Image
 
 V = configs.VARIANTS
 

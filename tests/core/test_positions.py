@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core.positions import (
     picture_ids,
     rope,

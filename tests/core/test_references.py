@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from flux2_pack.flux2_core import references
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.references import Fit, Reference, lint, pixels, plan, resolve
-from PIL import Image
 
 
 def blank(width: int, height: int, name: str = "") -> Reference:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.schedule import mu, shift, sigmas
 

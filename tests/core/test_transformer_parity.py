@@ -13,6 +13,7 @@ from diffusers.models.transformers.transformer_flux2 import (  # noqa: E402
     Flux2KVAttnProcessor,
     Flux2KVParallelSelfAttnProcessor,
 )
+
 from flux2_pack.flux2_core.configs import TransformerConfig  # noqa: E402
 from flux2_pack.flux2_core.keymaps import TRANSFORMER, to_diffusers  # noqa: E402
 from flux2_pack.flux2_core.latents import grid, tokens  # noqa: E402

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core import latents, schedule
 from flux2_pack.flux2_core.guidance import velocity
 from flux2_pack.flux2_core.sampling import denoise
@@ -336,6 +337,7 @@ def test_previews_and_progress(graph):
 def test_interrupt(graph):
     """The run ends at the step in which the user says stop, and the next one runs again."""
     import comfy.model_management as memory
+
     from flux2_pack.nodes import host_preview
 
     stock, steps = host_preview.picture, []

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core import configs
 from flux2_pack.tests.nodes import toy
 

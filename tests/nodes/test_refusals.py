@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.tests.nodes import toy
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.host
 
@@ -161,8 +162,8 @@ def test_a_negative_is_needed_for_true_guidance(host, models):
 
 def test_a_model_of_another_family(host):
     class Other:
-        class model:  # noqa: N801 (it stands for an attribute)
-            class model_config:  # noqa: N801
+        class model:
+            class model_config:
                 unet_config = {"image_model": "wan2.1"}  # noqa: RUF012
 
     said = refusal(host.call, "Flux2KitEmptyLatent", model=Other)

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 from flux2_pack.tests.conftest import ROOT
 
 pytestmark = pytest.mark.host

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core.autoencoder import AutoEncoder
 from flux2_pack.flux2_core.configs import AutoEncoderConfig
 from flux2_pack.tests.nodes import toy

@@ -3,11 +3,12 @@
 import contextlib
 
 import torch
+from safetensors.torch import save_file
+
 from flux2_pack.flux2_core import configs
 from flux2_pack.flux2_core.autoencoder import AutoEncoder
 from flux2_pack.flux2_core.text_encoder import TextEncoder
 from flux2_pack.flux2_core.transformer import Flux2Transformer
-from safetensors.torch import save_file
 
 DEV = configs.TransformerConfig(256, 384, 2, 2, guidance_embed=True)
 KLEIN = configs.TransformerConfig(256, 384, 2, 3, guidance_embed=False)
