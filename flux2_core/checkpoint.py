@@ -6,7 +6,7 @@ weight must be in the file, and the file must hold nothing else.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from .autoencoder import AutoEncoder, detect_autoencoder
-from .configs import TEXT_ENCODERS, VARIANTS, TransformerConfig, Variant, detect, variants_of
+from .configs import (
+    TEXT_ENCODERS,
+    VARIANTS,
+    TextEncoderConfig,
+    TransformerConfig,
+    Variant,
+    detect,
+    variants_of,
+)
 from .errors import Flux2Error
 from .files import Checkpoint, open_checkpoint
 from .keymaps import AUTOENCODER, SPELLINGS, TRANSFORMER, to_bfl
 from .recognise import check_precision, stranger
+from .text_encoder import TextEncoder, detect_text_encoder
+from .tokenizer import PromptTokenizer, find_tokenizer
 from .transformer import Flux2Transformer
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -35,6 +45,7 @@ MARKS = {
         "double_stream_modulation_img.linear.weight",
     ),
     "vae": ("decoder.conv_in.weight",),
+    "text_encoder": ("embed_tokens.weight",),
 }
 RULES = {"transformer": TRANSFORMER + SPELLINGS, "vae": AUTOENCODER}
 NETWORKS: dict[str, tuple[Callable, Callable]] = {
@@ -75,6 +86,54 @@ def load_autoencoder(
     that holds a decoder alone. The statistics are float32 in any case."""
     state, _, config = read_state_dict(path, "vae", base=base)
     return _fill(AutoEncoder, config, state, dtype, device)
+
+
+def load_text_encoder(
+    path: str | Path,
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device="cpu",
+) -> TextEncoder:
+    """As `load_transformer`. `tokenizer`: see `find_tokenizer`; None looks in the file and beside."""
+    state, config, prompts = read_text_encoder(path, tokenizer)
+    model = _fill(TextEncoder, config, state, dtype, device)
+    model.tokenizer = prompts
+    return model
+
+
+def read_text_encoder(
+    path: str | Path, tokenizer: Any = None, folders: Sequence[str | Path] = ()
+) -> tuple[dict[str, Tensor], TextEncoderConfig, PromptTokenizer]:
+    """-> weights under Hugging Face names, mapped from the file; config; tokenizer.
+
+    Layers that FLUX.2 does not read, the last norm, an output head and a vision tower stay in the
+    file. `folders`: where a tokenizer may be that is neither in the file nor beside it.
+    """
+    kind = "text_encoder"
+    checkpoint = open_checkpoint(locate(path, kind), kind)
+    names = {f"model.{name}": stored for name, stored in _select(checkpoint, kind).items()}
+    entries = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+    check_precision(entries, checkpoint.path.name)
+    config = detect_text_encoder({name: entry.shape for name, entry in entries.items()})
+    state = checkpoint.load({n: stored for n, stored in names.items() if _is_read(n, config)})
+    with torch.device("meta"):
+        check_keys(state, TextEncoder(config).state_dict(), checkpoint.path.name)
+    tekken = [name for name in checkpoint.tensors if name.endswith("tekken_model")]
+    file = checkpoint.path
+    prompts = find_tokenizer(
+        config,
+        tokenizer,
+        metadata=checkpoint.metadata,
+        tekken=checkpoint.load({"": tekken[0]})[""] if tekken else None,
+        folders=(file.parent / file.stem, file.parent, *folders),
+    )
+    return state, config, prompts
+
+
+def _is_read(name: str, config: TextEncoderConfig) -> bool:
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(layer[1]) < config.layers if layer else name.startswith("model.embed_tokens.")
 
 
 def read_state_dict(

@@ -6,13 +6,20 @@ the Hugging Face checkpoints.
 Source: the published Mistral-3 and Qwen3 models as transformers (Apache-2.0) defines them.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .configs import TextEncoderConfig
+from .configs import MISTRAL3_24B, QWEN3_4B, TEXT_ENCODERS, Shapes, TextEncoderConfig, count
+from .errors import Flux2Error
 from .layers import linear
+from .tokenizer import PromptTokenizer
+
+TOY_WIDTH = 1024  # below it any shape of the family is welcome, above it only the released ones
 
 
 def rope_half(positions: Tensor, dim: int, theta: float, dtype=None) -> tuple[Tensor, Tensor]:
@@ -117,11 +124,12 @@ class LanguageModel(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids -> the context that the flow transformer reads."""
+    """Token ids -> the context that the flow transformer reads. `encode` needs a tokenizer."""
 
     def __init__(self, config: TextEncoderConfig, ops=nn, dtype=None, device=None):
         super().__init__()
         self.config = config
+        self.tokenizer: PromptTokenizer | None = None
         self.model = LanguageModel(config, ops, dtype=dtype, device=device)
 
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -142,3 +150,79 @@ class TextEncoder(nn.Module):
         for layer in self.model.layers:
             states.append(layer(states[-1], rope, visible))
         return torch.cat([states[k] for k in config.layers_out], -1)
+
+    @torch.no_grad()
+    def encode(self, prompts: str | Sequence[str]) -> Tensor:
+        """-> (B, text_length, context_dim); rows of padding are part of the context."""
+        if self.tokenizer is None:
+            raise Flux2Error(
+                "This text encoder has no tokenizer",
+                do="Load it with load_text_encoder, or set its tokenizer to one",
+            )
+        ids, mask = self.tokenizer.encode(prompts)
+        device = self.model.embed_tokens.weight.device
+        return self(ids.to(device), mask.to(device))
+
+
+def detect_text_encoder(shapes: Shapes) -> TextEncoderConfig:
+    """Weight shapes under Hugging Face names, without prefix (`model.layers.0. ...`) -> config.
+
+    A released encoder is known by its widths; a small one of any shape is read as Qwen3 if it
+    normalises queries, else as Mistral-3, with states taken at each quarter of its depth.
+    Raises Flux2Error for anything else. The sizes are read off what packed files leave whole: the
+    embedding, the norms, and the rows of linears, never their columns.
+    """
+    try:
+        vocabulary, width = shapes["model.embed_tokens.weight"]
+        inner = shapes["model.layers.0.mlp.gate_proj.weight"][0]
+        query = shapes["model.layers.0.self_attn.q_proj.weight"][0]
+        key = shapes["model.layers.0.self_attn.k_proj.weight"][0]
+    except (KeyError, ValueError) as error:
+        raise _foreign(f"{len(shapes)} tensors, no {error}") from error
+    norm = shapes.get("model.layers.0.self_attn.q_norm.weight")
+    for known in TEXT_ENCODERS.values():
+        sizes = known.hidden_size, known.intermediate_size, known.qk_norm
+        if sizes == (width, inner, norm is not None):
+            config = replace(known, vocab_size=vocabulary)
+            break
+    else:
+        config = _toy(vocabulary, width, inner, query, key, norm, count(shapes, "model.layers"))
+    if count(shapes, "model.layers") < config.layers:
+        raise Flux2Error(
+            "Layers are missing from this text encoder",
+            f"{count(shapes, 'model.layers')} of {config.layers}",
+            "Choose a complete file",
+        )
+    rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    if rows != (query, key) or "model.layers.0.self_attn.q_proj.bias" in shapes:
+        raise _foreign(f"width {width}, {query} query and {key} key rows")
+    return config
+
+
+def _toy(
+    vocabulary: int, width: int, inner: int, query: int, key: int, norm, layers: int
+) -> TextEncoderConfig:
+    base = MISTRAL3_24B if norm is None else QWEN3_4B
+    dim = base.head_dim if norm is None else norm[0]
+    step = max(layers // 4, 1)
+    if width >= TOY_WIDTH or query % dim or key % dim:
+        raise _foreign(f"a language model of width {width} and {layers} layers")
+    return replace(
+        base,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        heads=query // dim,
+        kv_heads=key // dim,
+        head_dim=dim,
+        layers_out=(step, 2 * step, 3 * step),
+        pad_id=base.pad_id if base.pad_id < vocabulary else 0,
+    )
+
+
+def _foreign(seen: str) -> Flux2Error:
+    return Flux2Error(
+        "This is not a FLUX.2 text encoder",
+        seen,
+        "Choose Mistral-3 Small 24B for dev, Qwen3 4B for klein 4B, Qwen3 8B for klein 9B",
+    )
