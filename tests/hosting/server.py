@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -26,6 +25,8 @@ def free_port() -> int:
 
 def link_folder(source: Path, link: Path) -> None:
     """Make `link` show `source`: a symbolic link, on Windows a junction (needs no privilege)."""
+    if link.is_symlink() or link.exists():
+        link.unlink()  # an earlier link; refuses a real folder
     if sys.platform == "win32":
         import _winapi
 
@@ -160,9 +161,3 @@ def _failure(entry: dict) -> str:
         if event == "execution_error":
             return f"{data['node_type']} ({data['node_id']}): {data['exception_message']}"
     return str(entry["status"])
-
-
-def copy_inputs(source: Path, base: Path) -> None:
-    """Put a workflow folder's example pictures where LoadImage looks, if there are any."""
-    if source.is_dir():
-        shutil.copytree(source, base / "input", dirs_exist_ok=True)
