@@ -152,8 +152,10 @@ def lora(state: dict, seed: int = 5, rank: int = 4) -> dict:
     return out
 
 
-def stub_tokenizer():
-    """A PromptTokenizer for nano's text encoder that spells with nano's own words."""
+def clip(seed: int = 3):
+    """Our CLIP with random weights in nano's form."""
     from flux2_pack.flux2_core.tokenizer import nano_tokenizer
+    from flux2_pack.nodes import host_text
 
-    return nano_tokenizer()
+    tokenizer = nano_tokenizer()
+    return host_text.build_clip(configs.NANO_TEXT, text_state(seed), tokenizer, (None, ()))
