@@ -37,11 +37,10 @@ STRANGERS = (
         r"noise_refiner\.0\.|transformer_blocks\.0\.img_mlp\.net|blocks\.0\.cross_attn\.",
         "a model of another family",
     ),
-    (r"(encoder|decoder)\.conv_(in|out)\.|decoder\.layers\.0\.", "a VAE"),
-    (
-        r"layers\.0\.mlp\.gate_proj|text_model\.encoder|encoder\.block\.0\.layer\.0",
-        "a text encoder",
-    ),
+    (r"decoder\.layers\.0\.", "a tiny autoencoder, made for previews"),
+    (r"(encoder|decoder)\.conv_(in|out)\.", "a VAE"),
+    (r"text_model\.encoder|encoder\.block\.0\.layer\.0", "a CLIP or T5 text encoder"),
+    (r"layers\.0\.mlp\.gate_proj", "a text encoder"),
 )
 
 FP8 = {"F8_E4M3", "F8_E5M2"}

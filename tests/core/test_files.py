@@ -244,7 +244,8 @@ STRANGERS = [
     ("a model of another family", "noise_refiner.0.attention.qkv.weight"),
     ("a VAE", "decoder.conv_in.weight"),
     ("a text encoder", "model.layers.0.mlp.gate_proj.weight"),
-    ("a text encoder", "text_model.encoder.layers.0.mlp.fc1.weight"),
+    ("a CLIP or T5 text encoder", "text_model.encoder.layers.0.mlp.fc1.weight"),
+    ("a tiny autoencoder", "decoder.layers.0.weight"),
     ("2 tensors, img_in.weight the first", "some.thing"),
 ]
 
