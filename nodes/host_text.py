@@ -1,5 +1,7 @@
 """CLIP: the host's class around our text encoder and its tokenizer."""
 
+from pathlib import Path
+
 import comfy.hooks
 import comfy.model_management as memory
 import comfy.ops
@@ -8,6 +10,7 @@ import comfy.utils
 import torch
 from torch import nn
 
+from ..flux2_core.checkpoint import read_text_encoder
 from ..flux2_core.configs import TextEncoderConfig
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.tokenizer import PromptTokenizer
@@ -61,6 +64,20 @@ class Encoder(nn.Module):
 
     def load_sd(self, state: dict):
         return self.load_state_dict(state, strict=False)
+
+
+# The host's copy of the Qwen tokenizer, for files that carry none.
+FOLDERS = (Path(comfy.sd.__file__).parent / "text_encoders" / "qwen25_tokenizer",)
+
+
+def load_clip(path: str) -> comfy.sd.CLIP:
+    """A text encoder file, or "nano" -> CLIP."""
+    state, config, prompts = read_text_encoder(path, folders=FOLDERS)
+    return build_clip(config, state, prompts, (_clip_patcher, (path,)))
+
+
+def _clip_patcher(path: str, disable_dynamic: bool = False):
+    return load_clip(path).patcher
 
 
 def build_clip(

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core import configs
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.text_encoder import TextEncoder
@@ -81,7 +82,11 @@ def test_every_attribute_of_the_hosts_own(host, clip):
     import inspect
 
     source = inspect.getsource(type(clip).clone)
-    names = {line.split("=")[0].strip()[2:] for line in source.splitlines() if "n." in line and "=" in line}
+    names = {
+        line.split("=")[0].strip()[2:]
+        for line in source.splitlines()
+        if "n." in line and "=" in line
+    }
     names = {name for name in names if name.isidentifier()}
     assert len(names) >= 6 and names <= vars(clip).keys()
 

@@ -8,53 +8,19 @@ from flux2_pack.flux2_core.guidance import velocity
 from flux2_pack.flux2_core.sampling import denoise
 from flux2_pack.flux2_core.transformer import Flux2Transformer
 from flux2_pack.tests.nodes import toy
+from flux2_pack.tests.nodes.toy import node
 
 pytestmark = pytest.mark.host
 CLOSE = 1e-4
 SIZE = 128
 
 
-class ToyPrompt:
-    """A test-only node: a random prompt, so that no text encoder is needed."""
-
-    RETURN_TYPES = ("CONDITIONING",)
-    FUNCTION = "make"
-    CATEGORY = "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"number": ("INT", {"default": 0, "max": 99})}}
-
-    def make(self, number):
-        return (toy.conditioning(number, 20 + number),)
-
-
-class ToyImage:
-    """A test-only node: a random picture."""
-
-    RETURN_TYPES = ("IMAGE",)
-    FUNCTION = "make"
-    CATEGORY = "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        sides = {"width": ("INT", {"default": 64}), "height": ("INT", {"default": 64})}
-        return {"required": {"number": ("INT", {"default": 0, "max": 99}), **sides}}
-
-    def make(self, number, width, height):
-        return (toy.images(number, (height, width))[0],)
-
-
 @pytest.fixture(scope="module")
 def graph(host):
     toy.write_models(host.models)
-    host.mappings |= {"ToyPrompt": ToyPrompt, "ToyImage": ToyImage}
+    toy.add_nodes(host)
     with toy.heads_from_width():
         yield host
-
-
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def parts(model: str = "toy-dev.safetensors", native: bool = False) -> dict:

@@ -159,3 +159,43 @@ def clip(seed: int = 3):
 
     tokenizer = nano_tokenizer()
     return host_text.build_clip(configs.NANO_TEXT, text_state(seed), tokenizer, (None, ()))
+
+
+def node(kind: str, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs}
+
+
+class ToyPrompt:
+    """A test-only node: a random prompt, so that no text encoder is needed."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"number": ("INT", {"default": 0, "max": 99})}}
+
+    def make(self, number):
+        return (conditioning(number, 20 + number),)
+
+
+class ToyImage:
+    """A test-only node: a random picture."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        sides = {"width": ("INT", {"default": 64}), "height": ("INT", {"default": 64})}
+        return {"required": {"number": ("INT", {"default": 0, "max": 99}), **sides}}
+
+    def make(self, number, width, height):
+        return (images(number, (height, width))[0],)
+
+
+def add_nodes(host) -> None:
+    """Make ToyPrompt and ToyImage known to the host."""
+    host.mappings |= {"ToyPrompt": ToyPrompt, "ToyImage": ToyImage}
