@@ -78,7 +78,7 @@ class Attention(nn.Module):
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate_half(q, *rope), rotate_half(k, *rope)
         share = self.heads // self.kv_heads
@@ -140,11 +140,9 @@ class TextEncoder(nn.Module):
         """
         config = self.config
         x = self.model.embed_tokens(ids)
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)
-        rope = rope_half(positions, config.head_dim, config.rope_theta, x.dtype)
-        if positions.ndim == 2:
-            rope = rope[0][:, None], rope[1][:, None]
+        slots = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+        slots = slots[..., None, :]  # the same for every head
+        rope = rope_half(slots, config.head_dim, config.rope_theta, x.dtype)
         visible = Visible(mask)
         states = [x]
         for layer in self.model.layers:

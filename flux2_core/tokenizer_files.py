@@ -60,7 +60,8 @@ def from_json(text: str) -> Tokenize:
 
 def from_tekken(data: Tensor | bytes | str) -> Tokenize:
     """Mistral's tekken JSON: as text, or as the uint8 tensor in which weight files carry it."""
-    data = data.cpu().numpy().tobytes() if isinstance(data, Tensor) else data
+    if not isinstance(data, (bytes, str)):
+        data = data.cpu().numpy().tobytes()
     try:
         tekken = json.loads(data)
         config = tekken["config"]
