@@ -149,11 +149,27 @@ def read_state_dict(
         whole = _state(open_checkpoint(locate(base, kind), kind), kind)
         state = {f"decoder.{name}": tensor for name, tensor in state.items()}
         state |= {name: tensor for name, tensor in whole.items() if not name.startswith("decoder.")}
-    find, network = NETWORKS[kind]
-    config = find({name: tuple(tensor.shape) for name, tensor in state.items()})
-    with torch.device("meta"):
-        check_keys(state, network(config).state_dict(), checkpoint.path.name)
+    file = checkpoint.path.name
+    config, wanted = _meta(kind, state, file)
+    check_keys(state, wanted, file)
     return state, checkpoint.metadata, config
+
+
+def _meta(kind: str, state: Mapping[str, Tensor], file: str) -> tuple[Any, Mapping[str, Tensor]]:
+    """The config that the shapes tell, and the weights it needs, without memory."""
+    find, network = NETWORKS[kind]
+    try:
+        config = find({name: tuple(tensor.shape) for name, tensor in state.items()})
+        with torch.device("meta"):
+            return config, network(config).state_dict()
+    except Flux2Error:
+        raise
+    except (ValueError, IndexError, ZeroDivisionError, RuntimeError) as error:
+        raise Flux2Error(
+            f"The weights in {file} have shapes that no FLUX.2 model has",
+            str(error)[:120],
+            "Choose a complete, unmodified file",
+        ) from error
 
 
 def locate(path: str | Path, kind: str) -> Path:

@@ -283,6 +283,25 @@ def test_check_keys_passes_what_fits(model):
     check_keys(model.state_dict(), model.state_dict(), "file")
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("shape", [(), (3,), (0, 0), (256, 128, 2), (128, 128)])
+@pytest.mark.parametrize(
+    ("load", "name"),
+    [
+        (load_transformer, "img_in.weight"),
+        (load_transformer, "txt_in.weight"),
+        (load_autoencoder, "encoder.conv_in.weight"),
+        (load_autoencoder, "encoder.quant_conv.weight"),
+        (load_autoencoder, "decoder.conv_out.weight"),
+        (load_autoencoder, "encoder.down.1.block.0.conv2.weight"),
+    ],
+)
+def test_marks_of_absurd_shapes(tmp_path, model, vae, load, name, shape):
+    state = (model if load is load_transformer else vae).state_dict() | {name: torch.zeros(shape)}
+    with pytest.raises(Flux2Error):
+        load(save(tmp_path, state))
+
+
 # --- variants ---
 
 
