@@ -63,10 +63,31 @@ class Pipeline:
         vae = load_autoencoder(source.vae, **how)
         return cls(model, vae, load_text_encoder(source.text_encoder, **how), model.variant)
 
-    @torch.inference_mode()
-    def __call__(self, prompt: str, **options) -> Image.Image:
-        """One picture; the options are those of `sample`."""
-        return self.decode(self.sample(prompt, **options))
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        references: Sequence[Picture] = (),
+        negative: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+    ) -> Image.Image:
+        """One picture; everything as in `sample`."""
+        return self.decode(
+            self.sample(
+                prompt,
+                references=references,
+                negative=negative,
+                width=width,
+                height=height,
+                steps=steps,
+                guidance=guidance,
+                seed=seed,
+            )
+        )
 
     @torch.inference_mode()
     def sample(
@@ -114,6 +135,7 @@ class Pipeline:
             for r, fit in zip(pictures, fits, strict=True)
         ]
 
+    @torch.inference_mode()
     def decode(self, x: Tensor) -> Image.Image:
         image = self.vae.decode(x.to(next(self.vae.parameters()).dtype))
         return to_pil((image[0].float().movedim(0, -1) + 1) / 2)
