@@ -80,8 +80,9 @@ class Flux2KitLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model, **_):
-        return host.stamp("diffusion_models", model)
+    def fingerprint_inputs(cls, model, text_encoder=AUTO, vae=AUTO, **_):
+        chosen = {"diffusion_models": model, "text_encoders": text_encoder, "vae": vae}
+        return [host.stamp(folder, name) for folder, name in chosen.items()]
 
     @classmethod
     def execute(cls, model, variant=AUTO, text_encoder=AUTO, vae=AUTO):
