@@ -43,15 +43,7 @@ from flux2_pack.flux2_core.transformer import Controls, Flux2Transformer
 HOME = Path(__file__).resolve().parents[1] / "flux2_core" / "nano"
 KV = Controls(kv_references=True)
 # task: share of steps. Batches have equal token counts, so 256 x 256 has fewer pictures a step.
-TASKS = {
-    "one": 0.22,
-    "two": 0.08,
-    "large": 0.30,
-    "sizes": 0.05,
-    "edit": 0.20,
-    "mix": 0.08,
-    "pick": 0.07,
-}
+TASKS = {"one": 0.22, "two": 0.09, "large": 0.17, "sizes": 0.04, "edit": 0.32, "mix": 0.09, "pick": 0.07}
 
 
 class Data:
@@ -357,7 +349,7 @@ def train(rank: int, options) -> None:
         share = share.item()
         if share >= 1:
             break
-        scale = min(1.0, (step + 1) / 100) * min(1.0, max(0.03, (1 - share) / 0.6))
+        scale = min(1.0, (step + 1) / 30) * min(1.0, max(0.03, (1 - share) / 0.6))
         total = 0.0
         for _ in range(options.micro):
             batch = data.batch()
