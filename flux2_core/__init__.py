@@ -1,0 +1,39 @@
+"""FLUX.2 as a plain PyTorch library: transformer, autoencoder, text encoders, sampling.
+
+    from flux2_core import Pipeline
+    Pipeline.load("nano")("a red circle left on white background", seed=1).save("circle.png")
+"""
+
+from . import latents, positions, schedule
+from .autoencoder import AutoEncoder
+from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
+from .configs import VARIANTS, AutoEncoderConfig, TextEncoderConfig, TransformerConfig, Variant
+from .errors import Flux2Error
+from .pipeline import Paths, Pipeline
+from .references import Reference
+from .sampling import denoise
+from .text_encoder import TextEncoder
+from .transformer import Controls, Flux2Transformer
+
+__all__ = [
+    "VARIANTS",
+    "AutoEncoder",
+    "AutoEncoderConfig",
+    "Controls",
+    "Flux2Error",
+    "Flux2Transformer",
+    "Paths",
+    "Pipeline",
+    "Reference",
+    "TextEncoder",
+    "TextEncoderConfig",
+    "TransformerConfig",
+    "Variant",
+    "denoise",
+    "latents",
+    "load_autoencoder",
+    "load_text_encoder",
+    "load_transformer",
+    "positions",
+    "schedule",
+]
