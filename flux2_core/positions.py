@@ -71,8 +71,11 @@ def rotate(x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> T
     """Turn consecutive pairs (2i, 2i + 1) of x (..., T, D) by the table (T, D / 2), in float32.
 
     Without a table x stays as it is: a host turns it inside its own attention, after its patches.
+    Pairs are complex numbers here: one pass, where sums of products take six. The result lies head
+    by head in memory, as attention reads it fastest.
     """
     if cos is None:
         return x
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    return turned.to(x.dtype, memory_format=torch.contiguous_format)

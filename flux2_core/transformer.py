@@ -25,6 +25,7 @@ from .layers import (
     QKNorm,
     layer_norm,
     linear,
+    own_rows,
     sinusoid,
     swiglu,
 )
@@ -125,7 +126,7 @@ class DoubleBlock(nn.Module):
         )
         q, k, v = (torch.cat(pair, 2) for pair in pairs)
         out = attend(rotate(q, *rope), rotate(k, *rope), v)
-        txt_out, img_out = out.split((txt.shape[1], img.shape[1]), 1)
+        txt_out, img_out = map(own_rows, out.split((txt.shape[1], img.shape[1]), 1))
 
         img = img1.add(img, self.img_attn.proj(img_out))
         txt = txt1.add(txt, self.txt_attn.proj(txt_out))
