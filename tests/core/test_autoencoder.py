@@ -2,13 +2,16 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 from flux2_pack.flux2_core import latents
 from flux2_pack.flux2_core.autoencoder import AutoEncoder, detect_autoencoder, groups
+from flux2_pack.flux2_core.checkpoint import load_autoencoder
 from flux2_pack.flux2_core.configs import AutoEncoderConfig
 from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.nano import scenes
 
 FULL = AutoEncoderConfig(32, 32)
 SMALL = AutoEncoderConfig(64, 32)  # the encoder keeps its width, the decoder is narrower
@@ -218,3 +221,23 @@ def test_refuses_bad_pixels(pixels, words):
 def test_refuses_other_latents(shape):
     with pytest.raises(Flux2Error, match=r"not FLUX\.2's"):
         AutoEncoder(NANO).decode(torch.zeros(shape))
+
+
+def test_groups():
+    """As released where 32 divides; four channels a group in narrower networks."""
+    assert [groups(width) for width in (128, 96, 32, 16, 8)] == [32, 32, 32, 4, 2]
+
+
+def test_nano_as_shipped():
+    """The built-in weights: small, and good on a picture of nano's world."""
+    vae = load_autoencoder("nano", dtype=torch.float32)
+    assert vae.config == NANO
+    assert sum(p.numel() for p in vae.parameters()) <= 1_500_000  # observed 1,374,771
+    thing = scenes.Thing("ring", "orange", "left")
+    picture = scenes.draw(scenes.Scene((thing,), "gray"))
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    drawn = vae.decode(vae.encode(pixels)).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (drawn - pixels).square().mean()).item()
+    assert psnr > 30
+    image = ((drawn[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
+    assert scenes.check(image, "an orange ring left on gray background").ok
