@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+
 from flux2_pack.flux2_core.configs import TransformerConfig
 from flux2_pack.flux2_core.layers import swiglu
 from flux2_pack.flux2_core.positions import rope, rotate, sequence_ids
 from flux2_pack.flux2_core.transformer import Flux2Transformer
-from torch.profiler import ProfilerActivity, profile
 
 
 def gradient(function, x):
