@@ -43,7 +43,7 @@ from flux2_pack.flux2_core.transformer import Controls, Flux2Transformer
 HOME = Path(__file__).resolve().parents[1] / "flux2_core" / "nano"
 KV = Controls(kv_references=True)
 # task: share of steps. Batches have equal token counts, so 256 x 256 has fewer pictures a step.
-TASKS = {"one": 0.22, "two": 0.09, "large": 0.17, "sizes": 0.04, "edit": 0.32, "mix": 0.09, "pick": 0.07}
+TASKS = {"one": 0.22, "two": 0.09, "large": 0.13, "sizes": 0.03, "edit": 0.38, "mix": 0.09, "pick": 0.06}
 
 
 class Data:
@@ -102,8 +102,8 @@ class Data:
             r.choice([least, r.randint(least, most)]) if task != "pick" else r.randint(least, most)
         )
         sides = [128 if many <= 3 and r.random() < 0.35 else 64 for _ in range(many)]
-        if task == "edit" and r.random() < 0.5:
-            sides = [r.choice((64, 128))] * many
+        if task == "edit" and r.random() < 0.8:
+            sides = [128] * many
         n = self.count(64, sum((side // 16) ** 2 for side in sides))
         samples = []
         while len(samples) < n:

@@ -114,7 +114,8 @@ def draw(
     """A batch of cases of one set -> their pictures. Noise i is that of seed + i alone."""
     refs = []
     for i in range(len(batch[0].references)):
-        drawn = [scenes.draw(c.references[i], 64, 64) for c in batch]
+        size = 128 if len(batch[0].references) == 1 else 64
+        drawn = [scenes.draw(c.references[i], size, size) for c in batch]
         refs.append(pipe.vae.encode(tensor(drawn)))
     field = velocity(
         pipe.model,
