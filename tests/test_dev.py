@@ -138,5 +138,5 @@ def test_an_environment_is_made_once(dev, tmp_path, monkeypatch):
 )
 def test_mistakes_are_named(arguments, words):
     command = [sys.executable, str(ROOT / "dev.py"), *arguments]
-    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert made.returncode and words in made.stderr and "Traceback" not in made.stderr
