@@ -238,6 +238,6 @@ def test_nano_as_shipped():
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     drawn = vae.decode(vae.encode(pixels)).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (drawn - pixels).square().mean()).item()
-    assert psnr > 30
+    assert psnr > 32  # observed 35.2 dB
     image = ((drawn[0].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
     assert scenes.check(image, "an orange ring left on gray background").ok
