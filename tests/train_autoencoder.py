@@ -132,7 +132,9 @@ def save(vae: AutoEncoder, path: Path) -> None:
         k: v.contiguous() if k.startswith("bn.") else v.bfloat16().contiguous()
         for k, v in vae.state_dict().items()
     }
-    kit = json.dumps({"variant": "nano", "kind": "vae", "teacher": "TAEF2 (madebyollin/taesd, MIT)"})
+    kit = json.dumps(
+        {"variant": "nano", "kind": "vae", "teacher": "TAEF2 (madebyollin/taesd, MIT)"}
+    )
     save_file(state, path.with_suffix(".tmp"), {"flux2_kit": kit})
     path.with_suffix(".tmp").replace(path)
 
