@@ -12,6 +12,7 @@ import random
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,19 @@ from flux2_pack.flux2_core.transformer import Controls
 
 COLORS, PLACES, BACKGROUNDS = map(list, (scenes.COLORS, scenes.PLACES, scenes.BACKGROUNDS))
 REQUIRED = {"one": 95.0, "edit": 75.0}  # per cent right; the other sets are reported
-SETS = ("one", "two", "free", "large", "edit", "mix", "pick", "edit_kv", "pick_kv")
+SETS = (
+    "one",
+    "two",
+    "free",
+    "large",
+    "edit",
+    "edit_among",
+    "mix",
+    "pick",
+    "edit_kv",
+    "mix_kv",
+    "pick_kv",
+)
 ATTRIBUTES = ("count", "shape", "color", "place", "background")
 
 
@@ -38,6 +51,7 @@ class Case:
     prompt: str
     wanted: scenes.Scene
     references: tuple[scenes.Scene, ...] = ()
+    reference_size: tuple[int, int] = (64, 64)
 
 
 def thing(r: random.Random, place: str | None = None, sizes=scenes.SIZES) -> scenes.Thing:
@@ -71,6 +85,11 @@ def case(kind: str, r: random.Random) -> Case:
         references = (reference(r),)
         recolor = scenes.recolor_prompt(1, r.choice(COLORS))
         prompt = r.choice((recolor, scenes.background_prompt(1, background)))
+    elif kind == "edit_among":  # the last of two to four references is edited
+        references = tuple(reference(r) for _ in range(r.randint(2, 4)))
+        n = len(references)
+        recolor = scenes.recolor_prompt(n, r.choice(COLORS))
+        prompt = r.choice((recolor, scenes.background_prompt(n, background)))
     elif kind == "mix":
         references = (reference(r), reference(r))
         first = r.choice((1, 2))
@@ -80,7 +99,8 @@ def case(kind: str, r: random.Random) -> Case:
         place = r.choice(list(scenes.OPPOSITE))
         first, second = r.sample(range(1, 11), 2)
         prompt = scenes.pick_prompt([(first, place), (second, scenes.OPPOSITE[place])], background)
-    return Case(prompt, scenes.parse(prompt, references), references)
+    size = (128, 128) if kind.startswith("edit") else (64, 64)
+    return Case(prompt, scenes.parse(prompt, references), references, size)
 
 
 def cases(kind: str, n: int) -> list[Case]:
@@ -114,8 +134,7 @@ def draw(
     """A batch of cases of one set -> their pictures. Noise i is that of seed + i alone."""
     refs = []
     for i in range(len(batch[0].references)):
-        size = 128 if len(batch[0].references) == 1 else 64
-        drawn = [scenes.draw(c.references[i], size, size) for c in batch]
+        drawn = [scenes.draw(c.references[i], *batch[0].reference_size) for c in batch]
         refs.append(pipe.vae.encode(tensor(drawn)))
     field = velocity(
         pipe.model,
@@ -130,12 +149,21 @@ def draw(
     return pictures(pipe.vae.decode(x))
 
 
+def batches(todo: list[Case], size: int):
+    """(number of the first case, cases) with as many references each."""
+    todo.sort(key=lambda c: len(c.references))
+    start = 0
+    for _, same in groupby(todo, key=lambda c: len(c.references)):
+        group = list(same)
+        for i in range(0, len(group), size):
+            yield start + i, group[i : i + size]
+        start += len(group)
+
+
 def score(pipe: Pipeline, kind: str, options, out: report.Report) -> list[Image.Image]:
     side, kv = (256 if kind == "large" else 128), kind.endswith("_kv")
     todo, seen, right, drawn = cases(kind, options.cases), Counter(), 0, []
-    size = 8 if kind.startswith(("pick", "large")) else 25
-    for start in range(0, len(todo), size):
-        batch = todo[start : start + size]
+    for start, batch in batches(todo, 8 if kind.startswith(("pick", "large")) else 25):
         made = draw(pipe, batch, start, options.steps, options.guidance, side, kv)
         for picture, wish in zip(made, batch, strict=True):
             verdict = scenes.check(picture, wish.wanted)
