@@ -5,7 +5,8 @@ import torch
 
 from flux2_pack.flux2_core.pipeline import Pipeline
 from flux2_pack.flux2_core.references import Reference, from_pil
-from flux2_pack.tests.nodes.toy import add_nodes, difference, images, node
+from flux2_pack.tests.nodes import toy
+from flux2_pack.tests.nodes.toy import add_nodes, images, node
 
 pytestmark = pytest.mark.host
 CLOSE = 1e-4
@@ -69,7 +70,7 @@ def test_the_pipeline_makes_the_graphs_latents(host, pipe, references, settings)
     options = {**settings, "negative": ""} if "guidance" in settings else settings
     pictures = [Reference(images(i, (64, 64 * i))[0][0]) for i in range(1, references + 1)]
     x = pipe.sample(TEXT, references=pictures, **options)
-    assert difference(kept["latent"]["samples"], x) < CLOSE  # observed 4e-6
+    assert toy.difference(kept["latent"]["samples"], x) < CLOSE  # observed 3.9e-5, with CFG
     assert kept["image"].shape == (1, 128, 128, 3)
     levels = (kept["image"][0] - from_pil(pipe.decode(x))).abs().max()
     assert levels <= 0.5 / 255 + 1e-4  # the file's pixels are rounded to 8 bits
