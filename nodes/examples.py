@@ -5,7 +5,7 @@ from dataclasses import replace
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.nano import scenes
 from ..flux2_core.references import from_pil
-from .schema import io, schema, ui
+from .schema import Schema, io, ui
 
 FREE_PLACES = {1: ("center",), 2: ("left", "right")}
 
@@ -13,7 +13,7 @@ FREE_PLACES = {1: ("center",), 2: ("left", "right")}
 class Flux2KitExamplePicture(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitExamplePicture",
             display_name="FLUX.2 Example Picture",
             category="FLUX.2/examples",

@@ -1,7 +1,7 @@
 """Steps and guidance for any sampler: the model's own schedule and kind of guidance."""
 
 from . import host_sampling
-from .schema import io, schema
+from .schema import Schema, io
 
 STEPS = {
     "default": 0,
@@ -25,7 +25,7 @@ NEGATIVE = "What to steer away from. Read by models with true guidance (klein ba
 class Flux2KitFlex(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitFlex",
             display_name="FLUX.2 Steps & Guidance (Flex)",
             category="FLUX.2/sampling",

@@ -6,7 +6,7 @@ import torch
 
 from ..flux2_core.latents import CHANNELS, PIXELS, check_size
 from . import host
-from .schema import io, schema
+from .schema import Schema, io
 
 ASPECTS = ["1:1", "5:4", "4:3", "3:2", "16:9", "21:9", "4:5", "3:4", "2:3", "9:16", "9:21"]
 
@@ -41,7 +41,7 @@ def _side(name: str):
 class Flux2KitEmptyLatent(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitEmptyLatent",
             display_name="FLUX.2 Empty Latent",
             category="FLUX.2/latent",
@@ -91,7 +91,7 @@ def _whole(side: float) -> int:
 class Flux2KitVAEEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitVAEEncode",
             display_name="FLUX.2 VAE Encode",
             category="FLUX.2/latent",
@@ -118,7 +118,7 @@ class Flux2KitVAEEncode(io.ComfyNode):
 class Flux2KitVAEDecode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitVAEDecode",
             display_name="FLUX.2 VAE Decode",
             category="FLUX.2/latent",

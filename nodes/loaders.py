@@ -2,7 +2,7 @@
 
 from ..flux2_core.configs import VARIANTS
 from . import host, host_find
-from .schema import io, schema
+from .schema import Schema, io
 
 AUTO = "auto"
 VARIANT_NAMES = [AUTO, *(name for name in VARIANTS if name != "nano")]
@@ -60,7 +60,7 @@ def _name(variant: str) -> str | None:
 class Flux2KitLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitLoader",
             display_name="FLUX.2 Loader",
             category="FLUX.2/loaders",
@@ -94,7 +94,7 @@ class Flux2KitLoader(io.ComfyNode):
 class Flux2KitModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitModelLoader",
             display_name="FLUX.2 Load Model",
             category="FLUX.2/loaders",
@@ -116,7 +116,7 @@ class Flux2KitModelLoader(io.ComfyNode):
 class Flux2KitVAELoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitVAELoader",
             display_name="FLUX.2 Load VAE",
             category="FLUX.2/loaders",
@@ -140,7 +140,7 @@ class Flux2KitVAELoader(io.ComfyNode):
 class Flux2KitTextEncoderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitTextEncoderLoader",
             display_name="FLUX.2 Load Text Encoder",
             category="FLUX.2/loaders",

@@ -4,7 +4,7 @@ import logging
 
 from ..flux2_core.references import lint, resolve
 from . import host_text
-from .schema import References, io, schema
+from .schema import References, Schema, io
 
 log = logging.getLogger(__name__)
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 class Flux2KitPrompt(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitPrompt",
             display_name="FLUX.2 Prompt",
             category="FLUX.2/prompt",

@@ -3,13 +3,13 @@
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.references import MOST, Reference, pixels, plan
 from . import host
-from .schema import References, io, schema
+from .schema import References, Schema, io
 
 
 class Flux2KitReference(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitReference",
             display_name="FLUX.2 Reference",
             category="FLUX.2/references",
@@ -59,7 +59,7 @@ def _slot(i: int):
 class Flux2KitApplyReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitApplyReferences",
             display_name="FLUX.2 Apply References",
             category="FLUX.2/references",

@@ -2,7 +2,7 @@
 
 from . import host_sampling
 from .flex import GUIDANCE, NEGATIVE, STEPS
-from .schema import io, schema
+from .schema import Schema, io
 
 SEED = {
     "default": 0,
@@ -25,7 +25,7 @@ DENOISE = {
 class Flux2KitSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
+        return Schema(
             node_id="Flux2KitSampler",
             display_name="FLUX.2 Sampler",
             category="FLUX.2/sampling",

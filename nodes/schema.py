@@ -4,12 +4,15 @@ import inspect
 
 from comfy_api.latest import ComfyExtension, io, ui
 
-__all__ = ["ComfyExtension", "References", "io", "schema", "ui"]
+__all__ = ["ComfyExtension", "References", "Schema", "io", "ui"]
 
 References = io.Custom("FLUX2KIT_REFERENCES")
 
 
-def schema(**fields) -> io.Schema:
-    """io.Schema without the fields that this host does not know yet."""
+def Schema(**fields) -> io.Schema:
+    """io.Schema without the fields that this host does not know yet.
+
+    ComfyUI Manager finds nodes by reading the source: a call of this very name, a literal id.
+    """
     known = inspect.signature(io.Schema).parameters
     return io.Schema(**{name: value for name, value in fields.items() if name in known})

@@ -50,9 +50,9 @@ def test_every_default_runs_or_is_a_link(schemas):
 
 
 def test_new_fields_are_dropped_on_old_hosts(host):
-    from flux2_pack.nodes.schema import schema
+    from flux2_pack.nodes.schema import Schema
 
-    made = schema(node_id="X", category="Y", no_host_knows_this=1, search_aliases=["z"])
+    made = Schema(node_id="X", category="Y", no_host_knows_this=1, search_aliases=["z"])
     assert made.node_id == "X" and not hasattr(made, "no_host_knows_this")
 
 
