@@ -32,6 +32,7 @@ TEXTS = (
     "The cat's THE, 123 naïve  cafés\n\n  at\tnight — 猫が🐈",
     "",
     "[IMG]the [INST]hat[/INST] <|im_end|>cat</think> [IM[IMG]G]",
+    "xyzw nai\u0308ve",  # a word that no joins lead to; dots of their own
     "the cat " * 40,
 )
 
@@ -55,14 +56,14 @@ JOINED = [
     b" cat",
     b"he",
     b"hat",
-    b"\xc3",
+    b"xyzw",
 ]
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 
 
 def tekken() -> dict:
     """A tekken file in miniature, with one word too many for the vocabulary."""
-    words = [bytes([i]) for i in range(256)] + [w for w in JOINED if len(w) > 1] + [b" hat"]
+    words = [bytes([i]) for i in range(256)] + JOINED + [b" hat"]
     listed = [{"rank": i, "token_bytes": base64.b64encode(w).decode()} for i, w in enumerate(words)]
     special = [
         {"rank": i, "token_str": s, "is_control": True} for i, s in enumerate(MISTRAL_SPECIAL)
@@ -102,6 +103,7 @@ def qwen_folder(folder):
         ("th", "e"),
         (" ", "the"),
         ("\n", "\n"),
+        ("1", "2"),
     ]
     words = [bytes([i]) for i in range(256)] + [(a + b).encode() for a, b in pairs]
 
@@ -125,7 +127,7 @@ TOY = dict(
     vocab_size=300, hidden_size=32, intermediate_size=48, heads=2, kv_heads=1, head_dim=16,
     layers_out=(1, 2, 3), text_length=96,
 )  # fmt: skip
-MISTRAL, QWEN = replace(MISTRAL3_24B, **TOY), replace(QWEN3_4B, **TOY, pad_id=263)
+MISTRAL, QWEN = replace(MISTRAL3_24B, **TOY), replace(QWEN3_4B, **TOY, pad_id=264)
 
 
 def test_the_system_text_is_the_published_one():
@@ -173,7 +175,7 @@ def test_qwen_files_read_as_transformers_reads_them(tmp_path):
     expected = transformers.Qwen2TokenizerFast.from_pretrained(folder)
     for text in TEXTS:
         assert ids(text) == expected(text).input_ids
-    assert ids("<think>") == [266] and ids(" cat") == [258]
+    assert ids("<think>") == [267] and ids(" cat") == [258]
 
 
 @pytest.mark.host
