@@ -1,5 +1,7 @@
 """FLUX.2 as a plain PyTorch library: transformer, autoencoder, text encoders, sampling.
 
+The shortest use:
+
     from flux2_core import Pipeline
     Pipeline.load("nano")("a red circle left on white background", seed=1).save("circle.png")
 """

@@ -201,7 +201,7 @@ class AutoEncoder(nn.Module):
         """
         check_pixels(pixels)
         mean = self.encoder(pixels)[:, : self.config.latent_channels]
-        return normalise(pack(mean), self.bn.running_mean, self.bn.running_var)
+        return normalise(pack(mean), *self.statistics())
 
     def decode(self, latents: Tensor) -> Tensor:
         """The inverse: (B, 128, h, w) -> (B, 3, 16 h, 16 w) in about [-1, 1].
@@ -214,8 +214,14 @@ class AutoEncoder(nn.Module):
                 f"shape {tuple(latents.shape)}, wanted (batch, {CHANNELS}, height / 16, width / 16)",
                 "Connect the output of a FLUX.2 sampler or VAE encoder",
             )
-        z = denormalise(latents, self.bn.running_mean, self.bn.running_var)
+        z = denormalise(latents, *self.statistics())
         return self.decoder(unpack(z))
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the packed channels (128,), as the file has them."""
+        mean, variance = self.bn.running_mean, self.bn.running_var
+        assert mean is not None and variance is not None  # a BatchNorm2d that tracks has both
+        return mean, variance
 
 
 def check_pixels(pixels: Tensor) -> None:

@@ -74,7 +74,7 @@ def rotate(x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> T
     Pairs are complex numbers here: one pass, where sums of products take six. The result lies head
     by head in memory, as attention reads it fastest.
     """
-    if cos is None:
+    if cos is None or sin is None:
         return x
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)

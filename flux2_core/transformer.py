@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import attend, attend_isolated
-from .configs import TransformerConfig
+from .configs import TransformerConfig, Variant
 from .errors import Flux2Error
 from .latents import grid, tokens
 from .layers import (
@@ -90,7 +90,8 @@ class SelfAttention(nn.Module):
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, L, 3 h) with rows q | k | v, each head-major -> three (B, H, L, D)."""
-    return rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=heads).unbind(0)
+    q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=heads)
+    return q, k, v
 
 
 def mlp(hidden: int, ratio: int, ops, **kw) -> nn.ModuleDict:
@@ -179,6 +180,8 @@ class Flux2Transformer(nn.Module):
     `ops` is the namespace that weighted layers come from. A host overrides `embed`, `double`,
     `single` and `head` to add its patches; the core knows nothing of them.
     """
+
+    variant: Variant  # which release this is; set by the loader
 
     def __init__(self, config: TransformerConfig, ops=nn, dtype=None, device=None):
         super().__init__()
