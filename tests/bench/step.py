@@ -1,13 +1,13 @@
 """One forward pass of the transformer, beside its peers and the bare work.
 
     python3 dev.py bench step [--json FILE] [--force] [--rounds 5] [--references 0 1 4]
-                              [--comfyui DIR ...] [--threads N]
+                              [--beside DIR ...] [--threads N]
 
 klein 4B's width, one double and two single blocks, bfloat16, a 512 x 512 picture, 512 text rows,
-references of 512 x 512. Peers: diffusers, and every ComfyUI named by --comfyui or COMFYUI_PATH,
-with PyTorch attention; ours is also run as that ComfyUI would. All share one set of random
-weights, and are first compared in float32. The bare work is the matrix products and attentions of
-our own forward, alone.
+references of 512 x 512. Peers: diffusers, and the ComfyUIs named by COMFYUI_PATH and --beside,
+with PyTorch attention; ours is also run as these would. All share one set of random weights, and
+are first compared in float32. The bare work is the matrix products and attentions of our own
+forward, alone.
 """
 
 import argparse
@@ -223,8 +223,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     report.options(parser)
-    hosts = [os.environ["COMFYUI_PATH"]] if os.environ.get("COMFYUI_PATH") else []
-    parser.add_argument("--comfyui", nargs="*", default=hosts, metavar="DIR")
+    parser.add_argument("--beside", nargs="*", default=[], metavar="DIR", help="more ComfyUIs")
     parser.add_argument("--references", nargs="*", type=int, default=[0, 1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
@@ -236,8 +235,9 @@ def main() -> None:
     out = report.Report("step", options)
     out.quiet()
     weights = random_weights()
-    compare(weights, options.comfyui, out)
-    models = everyone(weights, options.comfyui)
+    hosts = [folder for folder in (os.environ.get("COMFYUI_PATH"), *options.beside) if folder]
+    compare(weights, hosts, out)
+    models = everyone(weights, hosts)
     for references in options.references:
         i = inputs(references, 32, CONFIG.text_length)
         calls = {name: partial(model, **i) for name, model in models.items()}
