@@ -225,8 +225,8 @@ def test(options, arguments) -> int:
     os.environ["COMFYUI_PATH"] = str(comfyui)
     be_modest_with_threads()
     checks = {
-        "ruff check": ["ruff", "check", "-q"],
-        "ruff format": ["ruff", "format", "--check", "-q"],
+        "ruff check": ["ruff", "check"],
+        "ruff format": ["ruff", "format", "--check"],
         "pyright": ["pyright", "--pythonpath", str(python)],
         "pytest": ["pytest", "-rs", *arguments],
     }
