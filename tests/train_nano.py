@@ -43,7 +43,15 @@ from flux2_pack.flux2_core.transformer import Controls, Flux2Transformer
 HOME = Path(__file__).resolve().parents[1] / "flux2_core" / "nano"
 KV = Controls(kv_references=True)
 # task: share of steps. Batches have equal token counts, so 256 x 256 has fewer pictures a step.
-TASKS = {"one": 0.30, "two": 0.13, "large": 0.13, "sizes": 0.04, "edit": 0.18, "mix": 0.12, "pick": 0.10}
+TASKS = {
+    "one": 0.30,
+    "two": 0.13,
+    "large": 0.13,
+    "sizes": 0.04,
+    "edit": 0.18,
+    "mix": 0.12,
+    "pick": 0.10,
+}
 
 
 class Data:

@@ -125,7 +125,9 @@ def test_names():
     chain = [blank(64, 64, "Hero"), blank(64, 64), blank(64, 64, "old-car")]
     assert resolve("@hero in @old-car.", chain) == "image 1 in image 3."
     assert resolve("mail me @home", []) == "mail me @home"
-    with pytest.raises(Flux2Error, match=r"No reference is called @bike. Seen: the names are @hero"):
+    with pytest.raises(
+        Flux2Error, match=r"No reference is called @bike. Seen: the names are @hero"
+    ):
         resolve("@bike", chain)
 
 
