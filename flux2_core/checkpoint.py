@@ -112,10 +112,7 @@ def read_text_encoder(
     """
     kind = "text_encoder"
     checkpoint = open_checkpoint(locate(path, kind), kind)
-    names = {f"model.{name}": stored for name, stored in _select(checkpoint, kind).items()}
-    entries = {name: checkpoint.tensors[stored] for name, stored in names.items()}
-    check_precision(entries, checkpoint.path.name)
-    config = detect_text_encoder({name: entry.shape for name, entry in entries.items()})
+    names, config = _text_layout(checkpoint)
     state = checkpoint.load({n: stored for n, stored in names.items() if _is_read(n, config)})
     with torch.device("meta"):
         check_keys(state, TextEncoder(config).state_dict(), checkpoint.path.name)
@@ -129,6 +126,21 @@ def read_text_encoder(
         folders=(file.parent / file.stem, file.parent, *folders),
     )
     return state, config, prompts
+
+
+def text_encoder_config(path: str | Path) -> TextEncoderConfig:
+    """What a file's text encoder is, told from its header alone. Raises Flux2Error if it is none
+    that can be loaded."""
+    return _text_layout(open_checkpoint(locate(path, "text_encoder"), "text_encoder"))[1]
+
+
+def _text_layout(checkpoint: Checkpoint) -> tuple[dict[str, str], TextEncoderConfig]:
+    """-> {Hugging Face name: name in the file}, config."""
+    selected = _select(checkpoint, "text_encoder")
+    names = {f"model.{name}": stored for name, stored in selected.items()}
+    entries = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+    check_precision(entries, checkpoint.path.name)
+    return names, detect_text_encoder({name: entry.shape for name, entry in entries.items()})
 
 
 def _is_read(name: str, config: TextEncoderConfig) -> bool:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from ..flux2_core.checkpoint import text_encoder_config
 from ..flux2_core.configs import TransformerConfig
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.files import read_header
@@ -24,13 +25,16 @@ def clip(choice: str, config: TransformerConfig | None = None, nano: bool = Fals
         choice = (
             host.NANO
             if nano
-            else _first("text_encoders", lambda t: _width(t) == config.context_dim)
+            else _first(
+                "text_encoders",
+                lambda path: text_encoder_config(path).context_dim == config.context_dim,
+            )
         )
         if choice is None:
             raise Flux2Error(
                 "No text encoder that belongs to this model was found",
                 f"{len(host.files('text_encoders'))} files in models/text_encoders",
-                f"Put {encoder_for(config.context_dim)} there, or choose a file",
+                f"Put {encoder_for(config.context_dim)} there, in bf16, fp16 or fp32, or choose a file",
             )
     found = host_text.load_clip(host.path_of("text_encoders", choice))
     if config is not None:
@@ -51,26 +55,22 @@ def vae(choice: str, nano: bool = False):
     return host_objects.load_vae(host.path_of("vae", choice))
 
 
-def _first(folder: str, fits: Callable[[dict], bool]) -> str | None:
-    """The first file of a folder whose shapes fit; only headers are read, damaged files skipped."""
+def _first(folder: str, fits: Callable[[str], bool]) -> str | None:
+    """The first file of a folder that fits. Only headers are read; damaged files, and those that
+    could not be loaded, are passed over."""
     for name in host.files(folder):
         try:
-            header = read_header(host.path_of(folder, name))
+            if not fits(host.path_of(folder, name)):
+                continue
         except Flux2Error:
             continue
-        if fits({key: entry.shape for key, entry in header.tensors.items()}):
-            log.info("FLUX.2 Loader takes %s", name)
-            return name
+        log.info("FLUX.2 Loader takes %s", name)
+        return name
     return None
 
 
-def _width(shapes: dict) -> int:
-    """What a text encoder gives a token: three depths of its hidden size."""
-    tables = [shape for key, shape in shapes.items() if key.endswith("embed_tokens.weight")]
-    return 3 * tables[0][-1] if tables else 0
-
-
-def _is_vae(shapes: dict) -> bool:
+def _is_vae(path: str) -> bool:
     """A whole FLUX.2 VAE: latent statistics for 128 channels, and an encoder."""
+    shapes = {key: entry.shape for key, entry in read_header(path).tensors.items()}
     statistics = any(k.endswith("bn.running_mean") and s == (128,) for k, s in shapes.items())
     return statistics and any(k.endswith("encoder.conv_in.weight") for k in shapes)
