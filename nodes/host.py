@@ -43,7 +43,14 @@ def variant_of(model) -> Variant:
     variant = getattr(model.model, "variant", None)
     if isinstance(variant, Variant):
         return variant
-    return choose_variant(Path("model"), config_of(model), {})
+    return choose_variant(_file_of(model), config_of(model), {})
+
+
+def _file_of(model) -> Path:
+    """Where the host loaded a MODEL from: klein base is told from klein by its name. Older hosts do
+    not remember it."""
+    _, values, *_ = getattr(model, "cached_patcher_init", None) or (None, ())
+    return Path(str(values[0])) if values else Path("model")
 
 
 def config_of(model) -> TransformerConfig:

@@ -78,7 +78,7 @@ def build_model(
     return patcher
 
 
-def load_vae(path: str) -> comfy.sd.VAE:
+def load_vae(path: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
     """An autoencoder file, or "nano" -> VAE."""
     state, _, config = read_state_dict(path, "vae")
     vae = comfy.sd.VAE.__new__(comfy.sd.VAE)
@@ -97,24 +97,25 @@ def load_vae(path: str) -> comfy.sd.VAE:
     vae.device, vae.output_device = memory.vae_device(), memory.intermediate_device()
     vae.vae_dtype = memory.vae_dtype(vae.device, vae.working_dtypes)
     vae.first_stage_model = AutoEncoder(config, comfy.ops.disable_weight_init, vae.vae_dtype).eval()
+    devices = {"load_device": vae.device, "offload_device": memory.vae_offload_device()}
     reload = (_vae_patcher, (path,))
-    fill(vae, vae.first_stage_model, state, vae.device, memory.vae_offload_device(), reload)
+    fill(
+        vae, vae.first_stage_model, state, **devices, reload=reload, disable_dynamic=disable_dynamic
+    )
     return vae
 
 
-def fill(holder, module, state: dict, load_device, offload_device, reload: tuple) -> None:
-    """Give a module its weights and the holder (a CLIP or VAE) its patcher."""
+def fill(holder, module, state: dict, **how) -> None:
+    """Give a module its weights and the holder (a CLIP or VAE) its patcher; `how`: see `patch`."""
     module.requires_grad_(False)
     if hasattr(memory, "archive_model_dtypes"):
         memory.archive_model_dtypes(module)
-    holder.patcher = patch(
-        module, load_device=load_device, offload_device=offload_device, reload=reload
-    )
+    holder.patcher = patch(module, **how)
     module.load_state_dict(state, **assign(holder.patcher))
 
 
 def _vae_patcher(path: str, disable_dynamic: bool = False):
-    return load_vae(path).patcher
+    return load_vae(path, disable_dynamic).patcher
 
 
 def _memory(factor: float, shape, dtype) -> float:

@@ -12,6 +12,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.cli_args import args
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def _taef2(path: str):
     net = taef2.decoder()
     try:
         net.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         logging.getLogger(__name__).warning(
             "No TAEF2 previews: %s cannot be used (%s)", path, error
         )

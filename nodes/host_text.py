@@ -28,9 +28,9 @@ class Tokenizer:
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_) -> dict:
         ids, mask = self.prompts.encode(text)
-        extra = [(0,)] if return_word_ids else [()]
+        extra = (0,) if return_word_ids else ()
         pairs = zip(ids[0].tolist(), mask[0].float().tolist(), strict=True)
-        return {KEY: [[(*pair, *extra[0]) for pair in pairs]]}
+        return {KEY: [[(*pair, *extra) for pair in pairs]]}
 
     def count(self, text: str) -> int:
         """How many tokens a prompt has with its template, also where the model reads fewer."""
@@ -70,18 +70,22 @@ class Encoder(nn.Module):
 FOLDERS = (Path(comfy.sd.__file__).parent / "text_encoders" / "qwen25_tokenizer",)
 
 
-def load_clip(path: str) -> comfy.sd.CLIP:
+def load_clip(path: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A text encoder file, or "nano" -> CLIP."""
     state, config, prompts = read_text_encoder(path, folders=FOLDERS)
-    return build_clip(config, state, prompts, (_clip_patcher, (path,)))
+    return build_clip(config, state, prompts, (_clip_patcher, (path,)), disable_dynamic)
 
 
 def _clip_patcher(path: str, disable_dynamic: bool = False):
-    return load_clip(path).patcher
+    return load_clip(path, disable_dynamic).patcher
 
 
 def build_clip(
-    config: TextEncoderConfig, state: dict, prompts: PromptTokenizer, reload: tuple
+    config: TextEncoderConfig,
+    state: dict,
+    prompts: PromptTokenizer,
+    reload: tuple,
+    disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
     """Weights under their own names, complete -> CLIP."""
     device = memory.text_encoder_device()
@@ -92,7 +96,15 @@ def build_clip(
     clip.tokenizer_options, clip.layer_idx = {}, None
     clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
     named = {f"flux2.{name}": tensor for name, tensor in state.items()}
-    fill(clip, clip.cond_stage_model, named, device, memory.text_encoder_offload_device(), reload)
+    devices = {"load_device": device, "offload_device": memory.text_encoder_offload_device()}
+    fill(
+        clip,
+        clip.cond_stage_model,
+        named,
+        **devices,
+        reload=reload,
+        disable_dynamic=disable_dynamic,
+    )
     clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
     clip.patcher.is_clip = True
     return clip

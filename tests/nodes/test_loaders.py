@@ -20,13 +20,19 @@ def files(host):
     metadata = {"tokenizer_json": tokenizer_json()}
     folder = host.models("text_encoders")
     save_file({"a": torch.zeros(1)}, folder / "a-stranger.safetensors")
-    save_file(toy.text_state(), folder / "toy-text.safetensors", metadata)
+    state = toy.text_state()
+    wide = {"model.embed_tokens.weight": state["model.embed_tokens.weight"]}  # as wide, and no more
+    save_file(wide, folder / "another-family.safetensors")
+    few = {key: w.to(torch.int8) if "mlp" in key else w for key, w in state.items()}
+    save_file(few, folder / "int8-text.safetensors", metadata)
+    save_file(state, folder / "toy-text.safetensors", metadata)
     (host.models("vae") / "a-broken.safetensors").write_bytes(b"nothing")
     return host
 
 
 def test_auto_finds_the_files_that_belong_together(files):
-    """Strangers and broken files in the folders, alphabetically first, are passed over."""
+    """What could not be loaded, alphabetically first, is passed over: strangers, broken files, text
+    encoders of another family that are as wide, and quantised ones."""
     model, clip, vae = files.call("Flux2KitLoader", model="toy-klein.safetensors")
     assert model.model.config == toy.KLEIN
     assert clip.cond_stage_model.flux2.config.context_dim == 384
@@ -88,7 +94,8 @@ def test_variants(files, monkeypatch, name, metadata, choice, variant):
 
 
 def test_what_auto_means_on_the_hosts_model(files):
-    """The host's own MODEL carries no variant: it is told from its shapes."""
+    """The host's own MODEL carries no variant: it is told from its shapes, and from its file's name
+    where the host remembers it."""
     from flux2_pack.nodes import host
 
     class Klein:
@@ -104,6 +111,11 @@ def test_what_auto_means_on_the_hosts_model(files):
                 }
 
     assert host.variant_of(Klein).name == "klein-4b"
+    Klein.cached_patcher_init = (
+        None,
+        ("models/flux-2-klein-base-4b.safetensors", {}),
+    )  # newer ones
+    assert host.variant_of(Klein).name == "klein-base-4b"
     Klein.model.model_config.unet_config |= {
         "hidden_size": 6144,
         "context_in_dim": 15360,

@@ -64,6 +64,11 @@ def test_a_wrong_file_costs_no_run(model, folder):
     assert preview(model).size == (12, 8)
 
 
+def test_a_broken_file_costs_no_run(model, folder):
+    (folder / "taef2_decoder.safetensors").write_bytes(b"nothing")
+    assert preview(model).size == (12, 8)
+
+
 def test_nano_uses_its_own_decoder(host, folder):
     nano = configs.VARIANTS["nano"]
     model = toy.ours(nano.transformer, toy.transformer(nano.transformer), nano)
