@@ -159,6 +159,20 @@ NAME = re.compile(r"@([\w-]*\w)")
 NUMBER = re.compile(r"\bimage (\d+)\b", re.IGNORECASE)
 
 
+def check_names(references: Sequence[Reference]) -> None:
+    """Raise unless every name can be written after an @, and no two references share one."""
+    names = [r.name.lower() for r in references if r.name]
+    for i, name in enumerate(names):
+        if not NAME.fullmatch(f"@{name}"):
+            raise Flux2Error(
+                "A reference's name must be one word",
+                f"'{name}'",
+                "Use letters, digits, _ and, in between, -",
+            )
+        if name in names[:i]:
+            raise Flux2Error("Two references have the same name", f"'{name}'", "Rename one")
+
+
 def resolve(text: str, references: Sequence[Reference]) -> str:
     """Turn @name into "image N", N counted from 1: the words that the model was trained on.
 

@@ -1,7 +1,7 @@
 """Reference pictures: a visible chain of them, and where they are encoded."""
 
 from ..flux2_core.errors import Flux2Error
-from ..flux2_core.references import MOST, Reference, pixels, plan
+from ..flux2_core.references import MOST, Reference, check_names, pixels, plan
 from . import host
 from .schema import References, Schema, io
 
@@ -44,6 +44,7 @@ class Flux2KitReference(io.ComfyNode):
         added = tuple(Reference(picture, name if i == 0 else "") for i, picture in enumerate(image))
         chain = (*references, *added)
         plan(chain)
+        check_names(chain)
         return io.NodeOutput(chain)
 
 

@@ -131,6 +131,17 @@ def test_names():
         resolve("@bike", chain)
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [(["my hat"], "must be one word. Seen: 'my hat'"), (["hat", "", "Hat"], "the same name")],
+)
+def test_names_that_no_prompt_could_use(names, words):
+    references.check_names([blank(64, 64, name) for name in ("hero", "", "", "old-car")])
+    with pytest.raises(Flux2Error) as error:
+        references.check_names([blank(64, 64, name) for name in names])
+    assert words in str(error.value)
+
+
 def test_lint():
     assert lint("image 1 and Image 2", 2) == []
     assert lint("image 3", 0) == []
