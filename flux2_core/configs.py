@@ -119,22 +119,19 @@ class Variant:
     guidance: float
     guidance_kind: str
     size: int = 1024  # native side in pixels
-    max_references: int = 4  # recommended at most; up to ten are possible
 
 
 _KV_9B = TransformerConfig(4096, 12288, 8, 24, guidance_embed=False, kv_references=True)
 VARIANTS: dict[str, Variant] = {
     v.name: v
     for v in (
-        Variant(
-            "dev", "FLUX.2 dev", TransformerConfig(), "mistral3-24b", 50, 4.0, "embedded", 1024, 6
-        ),
+        Variant("dev", "FLUX.2 dev", TransformerConfig(), "mistral3-24b", 50, 4.0, "embedded"),
         Variant("klein-4b", "FLUX.2 klein 4B", KLEIN_4B, "qwen3-4b", 4, 1.0, "none"),
         Variant("klein-base-4b", "FLUX.2 klein base 4B", KLEIN_4B, "qwen3-4b", 50, 4.0, "cfg"),
         Variant("klein-9b", "FLUX.2 klein 9B", KLEIN_9B, "qwen3-8b", 4, 1.0, "none"),
         Variant("klein-base-9b", "FLUX.2 klein base 9B", KLEIN_9B, "qwen3-8b", 50, 4.0, "cfg"),
         Variant("klein-9b-kv", "FLUX.2 klein 9B-KV", _KV_9B, "qwen3-8b", 4, 1.0, "none"),
-        Variant("nano", "nano (built in)", NANO, "nano", 8, 1.0, "cfg", 128, 10),
+        Variant("nano", "nano (built in)", NANO, "nano", 8, 1.0, "cfg", 128),
     )
 }
 

@@ -175,7 +175,7 @@ def detect_text_encoder(shapes: Shapes) -> TextEncoderConfig:
         inner = shapes["model.layers.0.mlp.gate_proj.weight"][0]
         query = shapes["model.layers.0.self_attn.q_proj.weight"][0]
         key = shapes["model.layers.0.self_attn.k_proj.weight"][0]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise _foreign(f"{len(shapes)} tensors, no {error}") from error
     norm = shapes.get("model.layers.0.self_attn.q_norm.weight")
     for known in TEXT_ENCODERS.values():
