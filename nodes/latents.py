@@ -22,7 +22,8 @@ BATCH = {
     "default": 1,
     "min": 1,
     "max": 64,
-    "tooltip": "How many pictures at once. Picture i is the one that seed + i gives alone.",
+    "tooltip": "How many pictures at once. FLUX.2 Sampler draws the seed's own picture first, then "
+    "those of seed + 1, seed + 2 ...",
 }
 
 
