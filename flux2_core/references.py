@@ -8,7 +8,7 @@ Apache-2.0); fact: one reference alone may have 2024 x 2024 pixels, two or more 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ MOST = 10
 AREA_ALONE = 2024 * 2024
 AREA_EACH = 1024 * 1024
 LEAST_SIDE = 64
+CONTROLS = ("strength", "start", "end", "mask", "region", "importance")
 WIDEST = 8  # the longer side over the shorter
 PILLOW_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # Pillow opens nothing larger
 
@@ -32,7 +33,8 @@ class Reference:
     """One reference picture and what the user wants of it.
 
     `image` (H, W, 3) in [0, 1]; `name` is what prompts call it; `megapixels` caps its size below
-    the rule's. The other fields are at "no wish".
+    the rule's. The other fields are for controls that are not built yet: `plan` refuses a value
+    other than the one here, rather than ignore it.
     """
 
     image: Tensor
@@ -71,8 +73,21 @@ def plan(references: Sequence[Reference]) -> tuple[Fit, ...]:
             f"{len(references)}",
             f"Remove {len(references) - MOST}, or put several pictures on one sheet",
         )
+    for i, reference in enumerate(references):
+        _check_controls(reference, label(i, reference))
     area = AREA_ALONE if len(references) == 1 else AREA_EACH
     return tuple(_fit(r, label(i, r), area) for i, r in enumerate(references))
+
+
+def _check_controls(reference: Reference, called: str) -> None:
+    for field in fields(Reference):
+        value = getattr(reference, field.name)
+        if field.name in CONTROLS and value is not field.default and value != field.default:
+            raise Flux2Error(
+                f"References cannot be controlled by {field.name} yet",
+                f"{called} has {field.name} {value}",
+                f"Leave {field.name} out",
+            )
 
 
 def _fit(reference: Reference, name: str, area: float) -> Fit:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..flux2_core import latents, schedule
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.guidance import check_negative, split
+from ..flux2_core.sampling import check_finite
 from .host import check_text, config_of, variant_of, with_values
 from .host_preview import progress
 
@@ -82,7 +83,7 @@ def sample(guider: Guider, sigmas: Tensor, latent: dict, seed: int) -> dict:
         seed=seed,
     )
     kept = {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")}
-    return {**kept, "samples": out.to(memory.intermediate_device())}
+    return {**kept, "samples": check_finite(out).to(memory.intermediate_device())}
 
 
 def empty_for(model, latent: dict) -> Tensor:

@@ -164,3 +164,9 @@ def test_wrong_text_encoder(pipe):
     wide = Flux2Transformer(configs.TransformerConfig(128, 7680, 1, 1, guidance_embed=False))
     with pytest.raises(Flux2Error, match=r"reads 7680. Load Qwen3 4B"):
         Pipeline(wide, pipe.vae, pipe.text, V["klein-4b"])
+
+
+def test_a_run_that_overflows_is_a_sentence():
+    x, sigmas = torch.zeros(1, 128, 4, 4), torch.tensor([1.0, 0.5, 0.0])
+    with pytest.raises(Flux2Error, match="the picture would be black"):
+        denoise(lambda x, t: torch.full_like(x, float("nan")), x, sigmas)

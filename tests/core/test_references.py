@@ -157,3 +157,10 @@ def test_plan_changes_nothing():
         == plan(chain)
         == (Fit('Reference 1 ("a")', (3000, 2000), (2478, 1652), (2464, 1648)),)
     )
+
+
+@pytest.mark.parametrize("control", [{"strength": 0.5}, {"end": 0.4}, {"mask": torch.ones(64, 64)}])
+def test_a_control_that_is_not_built_is_refused(control):
+    name = next(iter(control))
+    with pytest.raises(Flux2Error, match=f"cannot be controlled by {name} yet"):
+        plan([Reference(torch.rand(64, 64, 3), **control)])
