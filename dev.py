@@ -228,7 +228,7 @@ def test(options, arguments) -> int:
         "ruff check": ["ruff", "check"],
         "ruff format": ["ruff", "format", "--check"],
         "pyright": ["pyright", "--pythonpath", str(python)],
-        "pytest": ["pytest", "-rs", *arguments],
+        "pytest": ["pytest", "-rfEs", *arguments],
     }
     failed = []
     for name, command in checks.items():
