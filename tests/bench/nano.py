@@ -2,13 +2,15 @@
 
     python3 dev.py bench nano [--json FILE] [--sheet FILE] [--sets one,edit] [--steps 8] [--cases 200]
 
-A set is 200 cases by default, each a prompt that training never showed, with references drawn
-anew. A picture is right when every attribute is. The autoencoder is measured on scenes of its own;
-with --taef2 FOLDER, TAEF2's decoder reads our latents too.
+A set is 200 cases by default, each a prompt that training never showed (the edit forms have few,
+so they come back) with references drawn anew. A picture is right when every attribute is. The
+autoencoder is measured on scenes of its own; with --taef2 FOLDER, TAEF2's decoder reads our
+latents too.
 """
 
 import argparse
 import random
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -170,7 +172,8 @@ def score(pipe: Pipeline, kind: str, options, out: report.Report) -> list[Image.
             right += verdict.ok
             seen.update(a for a in ATTRIBUTES if getattr(verdict, a))
         drawn += made
-    case = f"{kind}, {len(todo)} held-back, {options.steps} steps"
+    prompts = len({c.prompt for c in todo})
+    case = f"{kind}, {len(todo)} held-back cases of {prompts} prompts, {options.steps} steps"
     for attribute in ATTRIBUTES:
         out.add(case, f"{attribute} right", 100 * seen[attribute] / len(todo), "%")
     out.add(case, "all right", 100 * right / len(todo), "%", at_least=REQUIRED.get(kind))
@@ -190,7 +193,9 @@ def autoencoder(pipe: Pipeline, folder: Path | None, out: report.Report) -> None
     z = pipe.vae.encode(x)
     y = pipe.vae.decode(z).clamp(-1, 1)
     out.add("autoencoder, 64 scenes", "PSNR", psnr(x, y), "dB", at_least=32.0)
-    if folder:
+    if not folder:
+        print("TAEF2's decoder is not measured: name its folder with --taef2", file=sys.stderr)
+    else:
         from safetensors.torch import load_file
 
         net = taef2.decoder()
