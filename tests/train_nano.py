@@ -44,12 +44,12 @@ HOME = Path(__file__).resolve().parents[1] / "flux2_core" / "nano"
 KV = Controls(kv_references=True)
 # task: share of steps. Batches have equal token counts, so 256 x 256 has fewer pictures a step.
 TASKS = {
-    "one": 0.30,
-    "two": 0.13,
-    "large": 0.13,
+    "one": 0.20,
+    "two": 0.09,
+    "large": 0.32,
     "sizes": 0.04,
-    "edit": 0.18,
-    "mix": 0.12,
+    "edit": 0.14,
+    "mix": 0.11,
     "pick": 0.10,
 }
 
