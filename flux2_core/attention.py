@@ -1,17 +1,218 @@
-"""Joint attention over [text, picture, references].
+"""Joint attention over weighted segments of keys: text, picture, references, prompt regions.
+
+For every group of queries and every segment of keys there is a weight w >= 0, a number or one for
+each query: log w is added to the segment's logits. A segment of weight 0 is not computed at all;
+with every weight 1 the whole is one stock call, bit for bit. Strength, regions, isolation and
+caches are such weights and nothing else; `visibility.py` says who sees whom.
 
 Every attention call of the transformer goes through one callable (q, k, v) -> out, so that a host
 can put its own kernels and patches there.
 """
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, cat
+from torch import Tensor
+
+Weight = float | Tensor  # >= 0, for every query alike, or (queries,)
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """(B, H, Q, D), (B, H, K, D), (B, H, K, D) -> (B, Q, H * D); softmax scale 1 / sqrt(D), no mask."""
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h q d -> b q (h d)")
+    return joined(F.scaled_dot_product_attention(q, k, v))
+
+
+def joined(heads: Tensor) -> Tensor:
+    """(B, H, Q, D) -> (B, Q, H * D)."""
+    return rearrange(heads, "b h q d -> b q (h d)")
+
+
+# ---------------------------------------------------------------------------------------- segments
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Keys of equal weight."""
+
+    keys: tuple[slice, ...]
+    weight: Weight
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Queries of equal sight, and what they see."""
+
+    rows: slice
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Who sees whom in one forward: groups in the order of their queries, and the numbers of
+    queries and keys it was made for."""
+
+    groups: tuple[Group, ...]
+    queries: int
+    keys: int
+
+    @property
+    def stock(self) -> bool:
+        """True where one plain call does it: everybody sees everything alike."""
+        return len(self.groups) == 1 and _plain(self.groups[0].parts, self.keys)
+
+
+def table(
+    queries: Sequence[int], keys: Sequence[int], weight: Callable[[int, int], Weight]
+) -> Table:
+    """Lengths of the query segments and of the key segments, weight(query segment, key segment)
+    -> Table. Neighbours of equal sight become one group; keys of equal weight one part."""
+    spans, groups, start = _spans(keys), [], 0
+    sight: list[Weight] = []
+    for a, length in enumerate(queries):
+        row = [weight(a, b) for b in range(len(keys))]
+        if groups and all(_same(x, y) for x, y in zip(row, sight, strict=True)):
+            groups[-1] = Group(slice(groups[-1].rows.start, start + length), groups[-1].parts)
+        else:
+            groups.append(Group(slice(start, start + length), _parts(row, spans)))
+        sight, start = row, start + length
+    return Table(tuple(groups), start, sum(keys))
+
+
+def _spans(lengths: Sequence[int]) -> list[slice]:
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    return [slice(s, s + n) for s, n in zip(starts, lengths, strict=True)]
+
+
+def _same(a: Weight, b: Weight) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _parts(row: Sequence[Weight], spans: Sequence[slice]) -> tuple[Part, ...]:
+    found: list[tuple[Weight, list[slice]]] = []
+    for weight, span in zip(row, spans, strict=True):
+        if span.start == span.stop or (not isinstance(weight, Tensor) and weight == 0):
+            continue
+        keys = next((keys for known, keys in found if _same(known, weight)), None)
+        if keys is None:
+            found.append((weight, keys := []))
+        if keys and keys[-1].stop == span.start:
+            keys[-1] = slice(keys[-1].start, span.stop)
+        else:
+            keys.append(span)
+    if len(found) == 1 and not isinstance(found[0][0], Tensor):
+        found = [(1.0, found[0][1])]  # softmax does not see a weight that all keys share
+    return tuple(Part(tuple(keys), weight) for weight, keys in found)
+
+
+def _plain(parts: tuple[Part, ...], keys: int) -> bool:
+    return (
+        len(parts) == 1
+        and not isinstance(parts[0].weight, Tensor)
+        and parts[0].keys == (slice(0, keys),)
+    )
+
+
+def attend_segments(
+    q: Tensor, k: Tensor, v: Tensor, table: Table, kernel: Kernel = attend
+) -> Tensor:
+    """q (B, H, Q, D), k and v (B, H, K, D), rows and keys as in `table` -> (B, Q, H * D).
+
+    A group with keys of one weight goes through `kernel`; others are merged by their
+    log-sum-exp, in float32.
+    """
+    outs = []
+    for group in table.groups:
+        rows = q[:, :, group.rows]
+        if len(group.parts) == 1 and not isinstance(group.parts[0].weight, Tensor):
+            keys = group.parts[0].keys
+            outs.append(kernel(rows, _take(k, keys), _take(v, keys)))
+        else:
+            outs.append(joined(_merge(rows, k, v, group.parts)))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def _take(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
+    if len(keys) == 1:
+        return x[:, :, keys[0]]
+    return torch.cat([x[:, :, span] for span in keys], 2)
+
+
+def _merge(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part]) -> Tensor:
+    """softmax over all parts, each with log w added to its logits."""
+    out = total = None
+    for part in parts:
+        one, lse = attend_lse(q, _take(k, part.keys), _take(v, part.keys))
+        w = part.weight
+        lse = lse + (w.to(lse).log() if isinstance(w, Tensor) else math.log(w))
+        if out is None or total is None:
+            out, total = one.float(), lse
+        else:
+            out = out.lerp(one.float(), torch.sigmoid(lse - total)[..., None])
+            total = torch.logaddexp(total, lse)
+    assert out is not None  # every query sees at least itself
+    return out.to(q.dtype)
+
+
+# ------------------------------------------------------------------------------------ log-sum-exp
+
+
+def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """-> out (B, H, Q, D) and the logits' log-sum-exp (B, H, Q), float32.
+
+    From the attention kernels that compute it anyway; `explicit` where there is none.
+    """
+    return _provider(q.device.type, q.dtype, q.shape[-1])(q, k, v)
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rows: int = 1024):
+    """The definition, in float32 (float64 where given): out and log-sum-exp of
+    softmax(q k' / sqrt(D) + bias), `rows` queries at a time; bias (Q, K) or None."""
+    kind = torch.promote_types(q.dtype, torch.float32)
+    outs, sums = [], []
+    for i in range(0, max(1, q.shape[2]), rows):
+        part = q[:, :, i : i + rows].to(kind) * q.shape[-1] ** -0.5
+        logits = part @ k.to(kind).mT
+        if bias is not None:
+            logits = logits + bias[i : i + rows]
+        sums.append(logits.logsumexp(-1))
+        outs.append((logits - sums[-1][..., None]).exp() @ v.to(kind))
+    return torch.cat(outs, 2).to(q.dtype), torch.cat(sums, 2)
+
+
+def _cpu(q, k, v):
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+
+
+def _flash(q, k, v):
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
+def _efficient(q, k, v):
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return out, lse[..., : q.shape[2]]  # some versions pad it
+
+
+@lru_cache
+def _provider(device: str, dtype: torch.dtype, head_dim: int):
+    """The first kernel that gives the right answer on this device and for this dtype."""
+    made = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, head_dim, generator=made) for n in (5, 7, 7))
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    wanted = explicit(q, k, v)
+    for kernel in {"cpu": (_cpu,), "cuda": (_flash, _efficient)}.get(device, ()):
+        try:
+            got = kernel(q, k, v)
+        except (RuntimeError, NotImplementedError, AttributeError):
+            continue
+        if all((a - b).abs().max() < 2e-2 for a, b in zip(got, wanted, strict=True)):
+            return kernel
+    return explicit
 
 
 def attend_isolated(q: Tensor, k: Tensor, v: Tensor, references: int, attend=attend) -> Tensor:

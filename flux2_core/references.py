@@ -8,33 +8,38 @@ Apache-2.0); fact: one reference alone may have 2024 x 2024 pixels, two or more 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from .errors import Flux2Error
 from .latents import PIXELS
+from .visibility import ReferenceControl
 
 MOST = 10
 AREA_ALONE = 2024 * 2024
 AREA_EACH = 1024 * 1024
 LEAST_SIDE = 64
-CONTROLS = ("strength", "start", "end", "mask", "region", "importance")
+STRONGEST = 3.0
 WIDEST = 8  # the longer side over the shorter
 PILLOW_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # Pillow opens nothing larger
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """One reference picture and what the user wants of it.
+    """One reference picture and what the user wants of it; the defaults are stock.
 
-    `image` (H, W, 3) in [0, 1]; `name` is what prompts call it; `megapixels` caps its size below
-    the rule's. The other fields are for controls that are not built yet: `plan` refuses a value
-    other than the one here, rather than ignore it.
+    `image` (H, W, 3) in [0, 1], or (N, H, W, 3): one picture for each latent of a batch. `name` is
+    what prompts call it; `megapixels` caps its size below the rule's. `strength` 0 to 3 weighs it
+    in attention: 0 is absence, 1 stock. It acts in steps from the share `start` of the run up to
+    `end`. `mask` (H, W): where it is below one half the picture leaves the sequence, in patches of
+    16 pixels. `region` (any height and width) in [0, 1]: where in the new picture it may act.
+    `importance` is its share where a budget shrinks references.
     """
 
     image: Tensor
@@ -46,6 +51,23 @@ class Reference:
     region: Tensor | None = None
     megapixels: float | None = None
     importance: float = 1.0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.image.shape[-2], self.image.shape[-3]
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A part of the new picture with a prompt of its own.
+
+    `mask` (any height and width) in [0, 1]; `base` is the weight that the main prompt keeps there.
+    """
+
+    prompt: str
+    mask: Tensor
+    base: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,24 +96,48 @@ def plan(references: Sequence[Reference]) -> tuple[Fit, ...]:
             f"Remove {len(references) - MOST}, or put several pictures on one sheet",
         )
     for i, reference in enumerate(references):
-        _check_controls(reference, label(i, reference))
+        check_controls(reference, label(i, reference))
     area = AREA_ALONE if len(references) == 1 else AREA_EACH
     return tuple(_fit(r, label(i, r), area) for i, r in enumerate(references))
 
 
-def _check_controls(reference: Reference, called: str) -> None:
-    for field in fields(Reference):
-        value = getattr(reference, field.name)
-        if field.name in CONTROLS and value is not field.default and value != field.default:
+def check_controls(reference: Reference, called: str) -> None:
+    """Raise Flux2Error for a control outside its range, or one that leaves nothing."""
+    if not 0 <= reference.strength <= STRONGEST:
+        raise Flux2Error(
+            f"The strength of {called} is out of range",
+            f"{reference.strength:g}",
+            "Use 0 (absent) to 3; 1 is the model's own",
+        )
+    if not 0 <= reference.start < reference.end <= 1:
+        raise Flux2Error(
+            f"{called} would act in no step",
+            f"from {reference.start:g} to {reference.end:g} of the run",
+            "Set start below end, both between 0 and 1; strength 0 switches a reference off",
+        )
+    if not reference.importance > 0:
+        raise Flux2Error(
+            f"The importance of {called} must be above 0", f"{reference.importance:g}", "Use 1"
+        )
+    for what, found in (("mask", reference.mask), ("region", reference.region)):
+        if found is None:
+            continue
+        if found.ndim != 2 or not torch.isfinite(found).all():
             raise Flux2Error(
-                f"References cannot be controlled by {field.name} yet",
-                f"{called} has {field.name} {value}",
-                f"Leave {field.name} out",
+                f"The {what} of {called} is not a mask",
+                f"shape {tuple(found.shape)}",
+                "Connect one mask: height x width, numbers from 0 to 1",
+            )
+        if not (found > 0).any():
+            raise Flux2Error(
+                f"The {what} of {called} is black everywhere",
+                "nothing of the reference would be left",
+                "Paint white where it counts, or set strength to 0 to switch the reference off",
             )
 
 
 def _fit(reference: Reference, name: str, area: float) -> Fit:
-    height, width = reference.image.shape[:2]
+    width, height = reference.size
     if reference.megapixels:
         area = min(area, reference.megapixels * 1e6)
     shrink = min(1.0, math.sqrt(area / (width * height)))
@@ -114,7 +160,7 @@ def label(i: int, reference: Reference) -> str:
 
 
 def pixels(reference: Reference, fit: Fit) -> Tensor:
-    """-> (1, 3, H, W) in [-1, 1], ready for the autoencoder. Raises Flux2Error on NaN."""
+    """-> (1 or N, 3, H, W) in [-1, 1], ready for the autoencoder. Raises Flux2Error on NaN."""
     image = reference.image[..., :3].float()
     if not torch.isfinite(image).all():
         raise Flux2Error(
@@ -122,11 +168,61 @@ def pixels(reference: Reference, fit: Fit) -> Tensor:
             "NaN or infinite pixels",
             "Look for the node before it that made them",
         )
+    pictures = image if image.ndim == 4 else image[None]
     if fit.scaled != fit.seen:
-        image = _lanczos(image, fit.scaled)
+        pictures = torch.stack([_lanczos(picture, fit.scaled) for picture in pictures])
+    return _cut(pictures.movedim(-1, 1), fit) * 2 - 1
+
+
+def keep(reference: Reference, fit: Fit) -> Tensor | None:
+    """-> (H / 16, W / 16) bool: the patches of which the mask keeps anything; None keeps all."""
+    if reference.mask is None:
+        return None
+    width, height = fit.scaled
+    mask = F.interpolate(reference.mask[None, None].float(), (height, width), mode="bilinear")
+    kept = F.max_pool2d(_cut(mask, fit), PIXELS)[0, 0] >= 0.5
+    if not kept.any():
+        raise Flux2Error(
+            f"The mask of {fit.name} leaves nothing",
+            "no pixel of it is above one half within the part of the picture that is used",
+            "Paint white what should stay, or set strength to 0 to switch the reference off",
+        )
+    return kept
+
+
+def _cut(pictures: Tensor, fit: Fit) -> Tensor:
+    """(N, C, H, W) of size `scaled` -> the middle, of size `size`."""
     left, top = ((fit.scaled[i] - fit.size[i]) // 2 for i in (0, 1))
-    image = image[top : top + fit.size[1], left : left + fit.size[0]]
-    return image.movedim(-1, 0)[None] * 2 - 1
+    return pictures[..., top : top + fit.size[1], left : left + fit.size[0]]
+
+
+def on_grid(region: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask of any height and width -> (h, w) in [0, 1]: its mean over each patch."""
+    return F.interpolate(region[None, None].float().cpu(), size, mode="area")[0, 0].clamp(0, 1)
+
+
+def active(start: float, end: float, share: float) -> bool:
+    """True in the steps that lie from `start` up to `end`, as shares of the run."""
+    return start <= share < end
+
+
+def controls(
+    references: Sequence[Reference],
+    kept: Sequence[Tensor | None],
+    size: tuple[int, int],
+    share: float,
+) -> tuple[ReferenceControl, ...]:
+    """What each reference does at one step: `kept` from `keep`, `size` the picture's latent grid
+    (h, w), `share` how much of the run lies behind."""
+    return tuple(
+        ReferenceControl(
+            r.strength,
+            active(r.start, r.end, share),
+            k,
+            None if r.region is None else on_grid(r.region, size),
+        )
+        for r, k in zip(references, kept, strict=True)
+    )
 
 
 def _lanczos(image: Tensor, size: tuple[int, int]) -> Tensor:

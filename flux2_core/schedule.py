@@ -40,3 +40,13 @@ def sigmas(steps: int, *, width: int, height: int) -> Tensor:
         )
     u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return shift(u, mu((height // 16) * (width // 16), steps)).float()
+
+
+def share(sigmas: Tensor, sigma: float) -> float:
+    """The share of a run's steps that lies behind `sigma`: i / n within step i of n.
+
+    Solvers that look between two steps are within the earlier one.
+    """
+    steps = len(sigmas) - 1
+    begun = int((sigmas[:-1] >= sigma * (1 - 1e-4)).sum())
+    return max(0, begun - 1) / max(1, steps)
