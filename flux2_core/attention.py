@@ -226,4 +226,4 @@ def attend_isolated(q: Tensor, k: Tensor, v: Tensor, references: int, attend=att
     if not references:
         return out
     ref = attend(q[:, :, rest:], k[:, :, -references:], v[:, :, -references:])
-    return cat((out, ref), 1)
+    return torch.cat((out, ref), 1)
