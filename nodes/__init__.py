@@ -11,6 +11,7 @@ from .loaders import (
 )
 from .prompt import Flux2KitPrompt
 from .references import Flux2KitApplyReferences, Flux2KitReference
+from .regions import Flux2KitRegionPrompt
 from .sampling import Flux2KitSampler
 from .schema import ComfyExtension
 
@@ -22,6 +23,7 @@ NODES = [
     Flux2KitPrompt,
     Flux2KitReference,
     Flux2KitApplyReferences,
+    Flux2KitRegionPrompt,
     Flux2KitEmptyLatent,
     Flux2KitFlex,
     Flux2KitSampler,

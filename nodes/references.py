@@ -1,9 +1,89 @@
 """Reference pictures: a visible chain of them, and where they are encoded."""
 
-from ..flux2_core.errors import Flux2Error
-from ..flux2_core.references import MOST, Reference, check_names, pixels, plan
-from . import host
+import logging
+from dataclasses import replace
+
+from ..flux2_core.references import MOST, STRONGEST, Reference, check_names, label, pixels, plan
+from . import host, host_controls
+from .masks import each
 from .schema import References, Schema, io
+
+EACH, PER_PICTURE = "one reference each", "one per picture"
+log = logging.getLogger(__name__)
+
+
+def _controls() -> list:
+    """What came after the first release: at the end, and optional, so that old graphs still run."""
+
+    def number(name, default, most, step, tooltip):
+        limits = {"default": default, "min": 0.0, "max": most, "step": step}
+        return io.Float.Input(name, optional=True, tooltip=tooltip, **limits)
+
+    return [
+        number(
+            "strength",
+            1.0,
+            STRONGEST,
+            0.05,
+            "How much attention the reference gets, as a factor. 1 is the model's own, 0 as if it "
+            "were absent (its number stays taken), 3 the most.",
+        ),
+        number(
+            "start",
+            0.0,
+            1.0,
+            0.01,
+            "From where in the run it acts, as a share of the steps: 0 from the beginning, 0.5 from "
+            "half of them. The beginning decides the layout, the end colours and detail.",
+        ),
+        number(
+            "end",
+            1.0,
+            1.0,
+            0.01,
+            "Until where in the run it acts, as a share of the steps: 1 to the last. Steps without "
+            "it cost less time.",
+        ),
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="Which parts of this picture count: white stays, black leaves, in patches of 16 "
+            "pixels. What leaves costs no time. One mask, or one for each picture of a batch.",
+        ),
+        io.Mask.Input(
+            "region",
+            optional=True,
+            tooltip="Where in the new picture the reference may act: white there, gray a little, "
+            "black not. Any size; it is stretched over the new picture.",
+        ),
+        number(
+            "megapixels",
+            0.0,
+            4.1,
+            0.05,
+            "The most it may have, in millions of pixels: a larger picture is shrunk. 0 is the "
+            "model's rule: 4.1 for one alone, 1 each for several. Smaller is faster, with less detail.",
+        ),
+        io.Float.Input(
+            "importance",
+            default=1.0,
+            min=0.05,
+            max=10.0,
+            step=0.05,
+            optional=True,
+            tooltip="Its share, as a factor, where FLUX.2 Reference Plan shrinks references to a "
+            "budget: 2 keeps twice the pixels that 1 keeps. Without a budget it does nothing.",
+        ),
+        io.Combo.Input(
+            "batch",
+            options=[EACH, PER_PICTURE],
+            default=EACH,
+            optional=True,
+            tooltip="What a batch of pictures is. One reference each: three pictures are three "
+            "references. One per picture: they are one reference, the first for the first picture "
+            "of the batch that is drawn, the second for the second ...; fewer start over.",
+        ),
+    ]
 
 
 class Flux2KitReference(io.ComfyNode):
@@ -13,13 +93,14 @@ class Flux2KitReference(io.ComfyNode):
             node_id="Flux2KitReference",
             display_name="FLUX.2 Reference",
             category="FLUX.2/references",
-            description="Adds one picture to a chain of references. The first in the chain is image 1.",
-            search_aliases=["reference latent", "kontext", "edit image"],
+            description="Adds one picture to a chain of references, and says how much, when and where "
+            "it counts. The first in the chain is image 1.",
+            search_aliases=["reference latent", "kontext", "edit image", "reference strength"],
             inputs=[
                 io.Image.Input(
                     "image",
                     tooltip="The picture to refer to. At least 64 pixels a side and at most 8 times "
-                    "as long as wide; large ones are shrunk. A batch counts as that many references.",
+                    "as long as wide; large ones are shrunk. For several at once see batch.",
                 ),
                 io.String.Input(
                     "name",
@@ -32,6 +113,7 @@ class Flux2KitReference(io.ComfyNode):
                     optional=True,
                     tooltip="The references that come before this one. At most ten in all.",
                 ),
+                *_controls(),
             ],
             outputs=[
                 References.Output(display_name="references", tooltip="The chain, longer by one.")
@@ -39,13 +121,36 @@ class Flux2KitReference(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, name="", references=()):
-        name = name.strip().lstrip("@")
-        added = tuple(Reference(picture, name if i == 0 else "") for i, picture in enumerate(image))
-        chain = (*references, *added)
-        plan(chain)
-        check_names(chain)
-        return io.NodeOutput(chain)
+    def execute(cls, image, name="", references=(), batch=EACH, **controls):
+        return io.NodeOutput(longer(references, image, name.strip().lstrip("@"), batch, **controls))
+
+
+def longer(chain, image, name, batch, mask=None, region=None, megapixels=0.0, **controls) -> tuple:
+    """The chain and, after it, IMAGE (N, H, W, 3) as N references, or as one with N pictures."""
+    pictures = [image] if batch == PER_PICTURE and len(image) > 1 else list(image)
+    names = [name, *[""] * (len(pictures) - 1)]
+    plain = [
+        Reference(picture, called, megapixels=megapixels or None, **controls)
+        for picture, called in zip(pictures, names, strict=True)
+    ]
+    called = label(len(chain), Reference(image, name))
+    masks = each(mask, len(plain), f"The mask of {called}")
+    regions = each(region, len(plain), f"The region of {called}")
+    for reference, cut, place in zip(plain, masks, regions, strict=True):
+        _note_size(reference, cut, label(len(chain), reference))
+        chain = (*chain, replace(reference, mask=cut, region=place))
+    plan(chain)
+    check_names(chain)
+    return chain
+
+
+def _note_size(reference: Reference, mask, called: str) -> None:
+    """The core stretches a mask over its picture, which the user should know of."""
+    if mask is not None and (mask.shape[-1], mask.shape[-2]) != reference.size:
+        seen, wanted = f"{mask.shape[-1]} x {mask.shape[-2]}", "{} x {}".format(*reference.size)
+        log.warning(
+            "The mask of %s has %s pixels, the picture %s: it is stretched.", called, seen, wanted
+        )
 
 
 def _slot(i: int):
@@ -91,8 +196,9 @@ class Flux2KitApplyReferences(io.ComfyNode):
     def execute(cls, vae, positive, negative=None, references=(), **images):
         host.check_vae(vae)
         chain = (*references, *pictures(images))
-        encoded = encode(vae, chain)
-        return io.NodeOutput(attach(positive, encoded), attach(negative, encoded), chain)
+        added = encode(vae, chain), host_controls.entries(chain)
+        attach = host_controls.with_references
+        return io.NodeOutput(attach(positive, *added), attach(negative, *added), chain)
 
 
 def pictures(images: dict) -> list[Reference]:
@@ -102,25 +208,8 @@ def pictures(images: dict) -> list[Reference]:
 
 
 def encode(vae, chain) -> list:
-    """References -> latents (1, 128, h, w), in the sizes that their number allows."""
+    """References -> latents (1 or N, 128, h, w), in the sizes that their number allows."""
     return [
         vae.encode((pixels(reference, fit).movedim(1, -1) + 1) / 2)
         for reference, fit in zip(chain, plan(chain), strict=True)
     ]
-
-
-def attach(conditioning, encoded: list):
-    """The conditioning with the references after those that it has already; None stays None."""
-    if conditioning is None or not encoded:
-        return conditioning
-    out = []
-    for text, options in conditioning:
-        latents = [*options.get("reference_latents", []), *encoded]
-        if len(latents) > MOST:
-            raise Flux2Error(
-                f"FLUX.2 takes at most {MOST} reference images",
-                f"{len(latents)}, with those that another node added",
-                f"Remove {len(latents) - MOST}",
-            )
-        out.append([text, {**options, "reference_latents": latents}])
-    return out
