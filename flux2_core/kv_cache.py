@@ -9,11 +9,11 @@ An entry is found by what it was made from: the exact bits of the reference late
 caller says it depends on, the weights and, in the approximate mode, the run.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -75,20 +75,13 @@ def _print(x: Tensor, sums: list[int]) -> Print:
     return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
 
 
-def _tensors(about: Any) -> Iterator[Tensor]:
+def _without_tensors(about: Any, taken: list[Tensor]) -> Hashable:
+    """`about` with its tensors taken out, in order: a tensor's own hash is its address."""
     if isinstance(about, Tensor):
-        yield about
-    elif isinstance(about, tuple | list):
-        for part in about:
-            yield from _tensors(part)
-
-
-def _without_tensors(about: Any, prints: Iterator[Print]) -> Hashable:
-    """`about` with each tensor replaced by its fingerprint: a tensor's own hash is its address."""
-    if isinstance(about, Tensor):
-        return next(prints)
+        taken.append(about)
+        return Tensor
     if isinstance(about, tuple | list):
-        return tuple(_without_tensors(part, prints) for part in about)
+        return tuple(_without_tensors(part, taken) for part in about)
     return about
 
 
@@ -117,9 +110,9 @@ def _encode(x: Tensor, store: Store) -> tuple[Tensor, ...]:
     """A copy of x of its own: x is often a slice of the whole sequence, or is written again."""
     if store == "model":
         return (x.clone(memory_format=torch.contiguous_format),)
-    x = x.float()
+    x = x.float().contiguous()
     scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / FP8_MAX  # rows of zeros stay zero
-    return (x / scale).to(FP8).contiguous(), scale
+    return (x / scale).to(FP8), scale
 
 
 def _decode(parts: Sequence[Tensor], like: Tensor, copy: bool = False) -> Tensor:
@@ -134,8 +127,8 @@ def _to_host(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
 
 
-def _size(blocks: Sequence[Block]) -> int:
-    return sum(x.numel() * x.element_size() for block in blocks for x in block)
+def _size(block: Block) -> int:
+    return sum(x.numel() * x.element_size() for x in block)
 
 
 def _halves(block: Block) -> tuple[Block, Block]:
@@ -150,7 +143,10 @@ class _Prefetch:
     def __init__(self, blocks: Sequence[Block], device: torch.device):
         self.blocks, self.device = blocks, device
         self.stream = torch.cuda.Stream(device)
-        self.buffers = [[torch.empty_like(x, device=device) for x in blocks[0]] for _ in range(2)]
+        with torch.inference_mode(False):  # written again in whatever mode `get` is called
+            self.buffers = [
+                [torch.empty_like(x, device=device) for x in blocks[0]] for _ in range(2)
+            ]
         self.coming: dict[
             int, tuple[int, torch.cuda.Event]
         ] = {}  # buffer -> block, when it is there
@@ -203,8 +199,8 @@ class Key(NamedTuple):
 
     weights: Hashable
     run: Hashable  # None in the exact mode
-    references: tuple[Print, ...]
     about: Hashable
+    content: tuple[Print, ...]  # of the references, then of tensors in `about`
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,13 +245,21 @@ class ReferenceCache:
         place: Place = "device",
         limit_bytes: int | None = None,
     ):
-        _one_of("mode", mode, ("exact", "approximate"))
-        _one_of("store", store, ("model", "fp8"))
-        _one_of("place", place, ("device", "host"))
-        _at_least("interval", interval, 1)
-        _at_least("guard", guard, 0)
-        if limit_bytes is not None:
-            _at_least("limit_bytes", limit_bytes, 1)
+        for name, seen, known in (
+            ("mode", mode, Mode),
+            ("store", store, Store),
+            ("place", place, Place),
+        ):
+            names = get_args(known)
+            _check(seen in names, name, seen, f"Use one of {', '.join(names)}")
+        _check(interval >= 1, "interval", interval, "Use 1 step or more")
+        _check(guard >= 0, "guard", guard, "Use 0 steps or more")
+        _check(
+            limit_bytes is None or limit_bytes > 0,
+            "limit_bytes",
+            limit_bytes,
+            "Use 1 or more, or None",
+        )
         self.mode: Mode = mode
         self.store: Store = store
         self.place: Place = place
@@ -290,14 +294,10 @@ class ReferenceCache:
         the approximate mode the texts and the picture's size. Tensors in it, in tuples too, count
         by content.
         """
-        prints = fingerprints([*references, *_tensors(about)])
-        n = len(references)
-        return Key(
-            self.weights,
-            self.run if self.mode == "approximate" else None,
-            tuple(prints[:n]),
-            _without_tensors(about, iter(prints[n:])),
-        )
+        tensors = list(references)
+        about = _without_tensors(about, tensors)
+        run = self.run if self.mode == "approximate" else None
+        return Key(self.weights, run, about, tuple(fingerprints(tensors)))
 
     def due(self, key: Key) -> bool:
         """True where the references must be computed now."""
@@ -347,33 +347,38 @@ class Recorder:
 
     def __init__(self, cache: ReferenceCache, key: Key, blocks: int, old: Entry | None):
         self._cache, self._key = cache, key
-        self._old: list[Block | None] = list(old.blocks) if old else [None] * blocks
         self._new: list[Block | None] = [None] * blocks
+        same = old is not None and len(old.blocks) == blocks and cache.mode == "approximate"
+        self._old: list[Block | None] = list(old.blocks) if old and same else [None] * blocks
+        self._layout: list | None = None  # of every block
+        self._device = torch.device("cpu")
         self._changes: list[Tensor] = []
-        self._device: torch.device | None = None
 
     def put(self, i: int, k: Tensor, v: Tensor) -> None:
         """Block i's k and v (B, H, R, D), after QK norm and RoPE; they are copied."""
+        store, place = self._cache.store, self._cache.place
         # normal tensors even when the forward runs in inference mode: they outlive it
         with torch.inference_mode(False), torch.no_grad():
-            block = (*_encode(k, self._cache.store), *_encode(v, self._cache.store))
-            if all(known is None for known in self._new):
-                self._cache._make_room(len(self._new) * _size([block]))
-            if self._cache.mode == "approximate" and (old := self._old[i]) is not None:
+            block = (*_encode(k, store), *_encode(v, store))
+            layout = [(x.shape, x.dtype, x.device) for x in block]
+            if self._layout is None:
+                self._cache._make_room(len(self._new) * _size(block))
+                self._layout, self._device = layout, k.device
+            if layout != self._layout:
+                raise ValueError(f"block {i} is {layout}, the first one was {self._layout}")
+            if (old := self._old[i]) is not None:
                 self._measure(block, old)
                 self._old[i] = None  # a refresh needs the room of one entry, not of two
-            if self._cache.place == "host":
-                block = tuple(_to_host(x) for x in block)
-        self._new[i], self._device = block, k.device
+            self._new[i] = tuple(_to_host(x) for x in block) if place == "host" else block
 
-    def finish(self) -> None:
+    def finish(self) -> Kept:
         """The entry can be found from now on."""
         blocks = [block for block in self._new if block is not None]
         if not blocks or len(blocks) < len(self._new):
             raise ValueError(f"{len(blocks)} of {len(self._new)} blocks were put")
-        if self._cache.place == "host" and self._device is not None and self._device.type == "cuda":
+        if self._cache.place == "host" and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the copies into pinned memory
-        cache, size = self._cache, _size(blocks)
+        cache, size = self._cache, sum(map(_size, blocks))
         cache._entries.pop(self._key, None)
         cache._make_room(size)
         cache._entries[self._key] = Entry(blocks, cache.step, size)
@@ -381,6 +386,7 @@ class Recorder:
         if self._changes:
             drift = torch.stack(self._changes).max().item()
             cache.statistics.drift = max(drift, cache.statistics.drift or 0.0)
+        return Kept(blocks)
 
     def _measure(self, new: Block, old: Block) -> None:
         for a, b in zip(_halves(new), _halves(old), strict=True):
@@ -390,15 +396,6 @@ class Recorder:
                 self._changes.append((x - y).norm() / x.norm().clamp_min(1e-30))
 
 
-def _one_of(name: str, value, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise Flux2Error(
-            f"The reference cache has no such {name}", repr(value), f"Use one of {', '.join(known)}"
-        )
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise Flux2Error(
-            f"The reference cache's {name} is too small", str(value), f"Use {least} or more"
-        )
+def _check(right: bool, name: str, seen: object, do: str) -> None:
+    if not right:
+        raise Flux2Error(f"The reference cache cannot work with this {name}", repr(seen), do)
