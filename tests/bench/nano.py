@@ -131,8 +131,14 @@ def pictures(x: torch.Tensor) -> list[Image.Image]:
 
 @torch.inference_mode()
 def draw(
-    pipe: Pipeline, batch: list[Case], seed: int, steps: int, guidance: float, side: int, kv: bool
-):
+    pipe: Pipeline,
+    batch: list[Case],
+    seed: int,
+    steps: int = 8,
+    guidance: float = 1.0,
+    side: int = 128,
+    controls: Controls | None = None,
+) -> list[Image.Image]:
     """A batch of cases of one set -> their pictures. Noise i is that of seed + i alone."""
     refs = []
     for i in range(len(batch[0].references)):
@@ -144,7 +150,7 @@ def draw(
         negative=pipe.text.encode([""] * len(batch)) if guidance != 1 else None,
         scale=guidance,
         references=refs,
-        controls=Controls(kv_references=True) if kv else None,
+        controls=controls,
     )
     x = latents.noise(seed, width=side, height=side, batch=len(batch))
     x = denoise(field, x, schedule.sigmas(steps, width=side, height=side))
@@ -163,10 +169,11 @@ def batches(todo: list[Case], size: int):
 
 
 def score(pipe: Pipeline, kind: str, options, out: report.Report) -> list[Image.Image]:
-    side, kv = (256 if kind == "large" else 128), kind.endswith("_kv")
+    side = 256 if kind == "large" else 128
+    controls = Controls(kv_references=True) if kind.endswith("_kv") else None
     todo, seen, right, drawn = cases(kind, options.cases), Counter(), 0, []
     for start, batch in batches(todo, 8 if kind.startswith(("pick", "large")) else 25):
-        made = draw(pipe, batch, start, options.steps, options.guidance, side, kv)
+        made = draw(pipe, batch, start, options.steps, options.guidance, side, controls)
         for picture, wish in zip(made, batch, strict=True):
             verdict = scenes.check(picture, wish.wanted)
             right += verdict.ok
