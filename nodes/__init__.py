@@ -1,5 +1,6 @@
 """The nodes, in the order of a graph."""
 
+from .cache import Flux2KitReferenceCache
 from .examples import Flux2KitExamplePicture
 from .flex import Flux2KitFlex
 from .latents import Flux2KitEmptyLatent, Flux2KitVAEDecode, Flux2KitVAEEncode
@@ -24,6 +25,7 @@ NODES = [
     Flux2KitReference,
     Flux2KitApplyReferences,
     Flux2KitRegionPrompt,
+    Flux2KitReferenceCache,
     Flux2KitEmptyLatent,
     Flux2KitFlex,
     Flux2KitSampler,

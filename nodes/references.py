@@ -81,7 +81,7 @@ def _controls() -> list:
             optional=True,
             tooltip="What a batch of pictures is. One reference each: three pictures are three "
             "references. One per picture: they are one reference, the first for the first picture "
-            "of the batch that is drawn, the second for the second ...; fewer start over.",
+            "of the batch that is drawn, the second for the second ...; as many as are drawn.",
         ),
     ]
 

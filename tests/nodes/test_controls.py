@@ -1,5 +1,6 @@
 """Controls of references and regions: what travels in the conditioning, and what is refused."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -309,3 +310,157 @@ def test_a_model_that_cannot_read_controls(host, models, foreign):
             "of references or regions, and a model from the host's own loader. Load it with FLUX.2 "
             "Load Model or FLUX.2 Loader."
         )
+
+
+def kv_model():
+    """A MODEL whose weights are in the KV form."""
+    return toy.ours(dataclasses.replace(toy.KLEIN, kv_references=True), toy.transformer(toy.KLEIN))
+
+
+def cached(host, model, **settings):
+    (made,) = host.call("Flux2KitReferenceCache", model=model, **settings)
+    return made
+
+
+def cache_of(model):
+    return model.model_options.get("transformer_options", {}).get("flux2_kit_cache")
+
+
+def test_the_cache_node(host, models):
+    """Its settings arrive; the MODEL that came in is as it was; every execution has its own."""
+    model = models[0]
+    made = cached(
+        host, model, mode="approximate", interval=3, guard=2, store="fp8", place="host memory"
+    )
+    cache = cache_of(made)
+    assert (cache.mode, cache.interval, cache.guard) == ("approximate", 3, 2)
+    assert (cache.store, cache.place) == ("fp8", "host")
+    assert cache_of(model) is None and not model.wrappers.get("outer_sample")
+    assert cache_of(cached(host, model, mode="approximate")) is not cache
+    assert "flux2_kit_kv" not in made.model_options["transformer_options"]
+    # A LoRA loader after it clones: the clone has a cache of its own, with the same settings.
+    other = cache_of(made.clone())
+    assert other is not cache and other.interval == 3 and other.place == "host"
+    # One node after another: the last counts, and off takes it away.
+    again = cached(host, made, mode="approximate", interval=7)
+    assert cache_of(again).interval == 7
+    assert len(again.get_all_wrappers("outer_sample")) == 1
+    off = cached(host, again, mode="off")
+    assert cache_of(off) is None and not off.get_all_wrappers("outer_sample")
+    assert cache_of(off.clone()) is None and cache_of(again).interval == 7
+
+
+def test_auto_follows_the_weights(host, models, caplog):
+    assert cache_of(cached(host, kv_model())).mode == "exact"
+    assert cache_of(cached(host, kv_model(), mode="exact")).mode == "exact"
+    with caplog.at_level(logging.INFO):
+        assert cache_of(cached(host, models[0])) is None
+    assert "Reference cache: off, because this model's weights are not in the KV form." in (
+        caplog.messages
+    )
+
+
+def test_nano_runs_in_the_kv_form_where_it_is_asked_for(host):
+    (nano,) = host.call("Flux2KitModelLoader", model="nano (built in)")
+    assert cache_of(cached(host, nano)) is None
+    made = cached(host, nano, kv_form=True)
+    assert (
+        cache_of(made).mode == "exact" and made.model_options["transformer_options"]["flux2_kit_kv"]
+    )
+    plain = cached(host, nano, kv_form=True, mode="off")
+    assert cache_of(plain) is None and plain.model_options["transformer_options"]["flux2_kit_kv"]
+    assert "flux2_kit_kv" not in cached(host, plain).model_options["transformer_options"]
+
+
+def test_caches_that_are_refused(host, models, foreign):
+    from flux2_pack.nodes.host_controls import check_host_model
+
+    said = refusal(cached, host, models[0], mode="exact")
+    assert said.startswith("An exact reference cache needs a model in the KV form. Seen: a model")
+    said = refusal(cached, host, models[0], kv_form=True)
+    assert said.startswith("This model was not trained in the KV form. Seen: kv_form on. Switch")
+    said = refusal(cached, host, foreign)
+    assert said.startswith("This model cannot use the reference cache. Seen: a model from the host")
+    theirs = foreign.clone()
+    theirs.model_options["transformer_options"]["flux2_kit_cache"] = object()
+    assert "Seen: a reference cache, and" in refusal(
+        check_host_model, theirs, toy.conditioning(1), toy.conditioning(2)
+    )
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What the cache is told during runs: ("begin", run, weights), ("clear",), in order."""
+    from flux2_pack.flux2_core.kv_cache import ReferenceCache
+
+    told, begin, clear = [], ReferenceCache.begin, ReferenceCache.clear
+
+    def on_begin(self, run, weights=None):
+        told.append(("begin", run, weights))
+        begin(self, run, weights)
+
+    def on_clear(self):
+        told.append(("clear", len(self._entries)))
+        clear(self)
+
+    monkeypatch.setattr(ReferenceCache, "begin", on_begin)
+    monkeypatch.setattr(ReferenceCache, "clear", on_clear)
+    return told
+
+
+def test_a_run_begins_and_ends(host, watched, caplog):
+    """Each with a name of its own; without `keep` nothing is left after it."""
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            made = cached(host, kv_model())
+            toy.sampled(made)
+    kinds = [kind for kind, *_ in watched]
+    assert kinds == ["begin", "clear"] * 2
+    assert watched[0][1] != watched[2][1] and watched[0][2] != watched[2][2]
+    assert sum(line.startswith("Reference cache") for line in caplog.messages) == 2
+
+
+def test_keep_leaves_entries_for_the_next_run(host, watched):
+    made = cached(host, kv_model(), keep=True)
+    for _ in range(2):
+        toy.sampled(made, prepare=lambda model: made)
+    assert [kind for kind, *_ in watched] == ["begin", "begin"]
+    (_, first, weights), (_, second, same) = watched
+    assert first != second and weights == same
+
+
+def test_a_lora_is_other_weights(host, watched):
+    import comfy.sd
+
+    made = cached(host, kv_model())
+    toy.sampled(made)
+    lora = toy.lora(toy.transformer(toy.KLEIN))
+    patched, _ = comfy.sd.load_lora_for_models(made, None, lora, 0.5, 0.0)
+    toy.sampled(patched)
+    begun = [weights for kind, *_, weights in watched if kind == "begin"]
+    assert len(begun) == 2 and begun[0] != begun[1]
+
+
+def test_a_run_that_fails_leaves_nothing(host, watched):
+    made = cached(host, kv_model())
+
+    def broken(*_):
+        raise RuntimeError("stop")
+
+    made.set_model_unet_function_wrapper(broken)
+    with pytest.raises(RuntimeError, match="stop"):
+        toy.sampled(made)
+    assert [kind for kind, *_ in watched] == ["begin", "clear"]
+
+
+def test_what_a_run_says_of_its_cache():
+    from flux2_pack.flux2_core.kv_cache import ReferenceCache, Statistics
+    from flux2_pack.nodes.host_cache import report
+
+    cache = ReferenceCache("approximate", place="host")
+    assert report(cache) == "Reference cache: this run had nothing to keep."
+    cache.statistics = Statistics(hits=6, misses=2, recorded=2, drift=0.0213)
+    assert report(cache) == (
+        "Reference cache (approximate): references computed in 2 and reused in 6 of 8 calls of the "
+        "model, 0.0 MiB in host memory, changed by at most 2.1% between refreshes."
+    )
