@@ -305,12 +305,28 @@ def resolve(text: str, references: Sequence[Reference]) -> str:
     return NAME.sub(number, text)
 
 
-def lint(text: str, count: int) -> list[str]:
-    """Plain-word warnings about a prompt that goes with `count` references."""
-    missing = sorted({int(n) for n in NUMBER.findall(text)} - set(range(1, count + 1)))
-    if not count or not missing:
-        return []
-    names = " and ".join(f"image {n}" for n in missing)
-    return [
-        f"The prompt speaks of {names}, but {count} reference{'s are' if count > 1 else ' is'} connected."
-    ]
+def lint(text: str, references: Sequence[Reference]) -> list[str]:
+    """Plain-word warnings about a resolved prompt: numbers that no reference has, and, of several
+    references, those that it never names. One alone needs no number."""
+    count = len(references)
+    spoken = {int(n) for n in NUMBER.findall(text)}
+    missing = sorted(spoken - set(range(1, count + 1)))
+    silent = [i for i in range(count) if i + 1 not in spoken]
+    out = []
+    if count and missing:
+        names = _and([f"image {n}" for n in missing])
+        are = "s are" if count > 1 else " is"
+        out.append(f"The prompt speaks of {names}, but {count} reference{are} connected.")
+    if count > 1 and silent:
+        names = _and([_called(i, references[i]) for i in silent])
+        out.append(f"The prompt never speaks of {names}.")
+    return out
+
+
+def _called(i: int, reference: Reference) -> str:
+    """What a prompt may call reference i, counted from 0."""
+    return f"image {i + 1} (@{reference.name})" if reference.name else f"image {i + 1}"
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -42,6 +42,6 @@ class Flux2KitPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text, references=()):
         text = resolve(text, references)
-        for warning in [*lint(text, len(references)), *host_text.too_long(clip, text)]:
+        for warning in [*lint(text, references), *host_text.too_long(clip, text)]:
             log.warning(warning)
         return io.NodeOutput(host_text.conditioning(clip, text))

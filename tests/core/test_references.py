@@ -142,12 +142,32 @@ def test_names_that_no_prompt_could_use(names, words):
     assert words in str(error.value)
 
 
-def test_lint():
-    assert lint("image 1 and Image 2", 2) == []
-    assert lint("image 3", 0) == []
-    assert lint("image 3 beside image 1", 1) == [
-        "The prompt speaks of image 3, but 1 reference is connected."
-    ]
+def test_names_and_numbers_are_the_same_text():
+    chain = [blank(64, 64, "hero"), blank(64, 64, "car")]
+    by_number = "the shape of image 2 in the color of image 1"
+    assert resolve("the shape of @car in the color of @HERO", chain) == by_number
+    assert resolve(by_number, chain) == by_number
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "said"),
+    [
+        ("image 1 and Image 2", 2, []),
+        ("image 3", 0, []),
+        ("make it night", 1, []),  # an edit of the only picture needs no number
+        ("image 3 and image 1", 1, ["speaks of image 3, but 1 reference is connected."]),
+        ("image 1, image 7, image 8, image 9, image 2", 2, ["image 7, image 8 and image 9, but"]),
+        ("image 2", 3, ["never speaks of image 1 (@hero) and image 3."]),
+        ("make it night", 2, ["never speaks of image 1 (@hero) and image 2."]),
+        ("image 12", 2, ["speaks of image 12, but 2 references are", "never speaks of image 1"]),
+    ],
+)
+def test_lint(text, count, said):
+    """Numbers that no reference has, and references that nobody speaks of."""
+    chain = [blank(64, 64, "hero"), blank(64, 64), blank(64, 64)][:count]
+    warnings = lint(text, chain)
+    assert len(warnings) == len(said)
+    assert all(words in warning for words, warning in zip(said, warnings, strict=True))
 
 
 def test_plan_changes_nothing():
