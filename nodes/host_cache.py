@@ -98,10 +98,10 @@ def report(cache: ReferenceCache) -> str:
     seen = cache.statistics
     if not seen.hits + seen.misses:
         return "Reference cache: this run had nothing to keep."
+    where = "host memory" if cache.place == "host" else "device memory"
     said = (
-        f"Reference cache ({cache.mode}): references computed in {seen.misses} and reused in "
-        f"{seen.hits} of {seen.hits + seen.misses} calls of the model, {cache.bytes / 2**20:.1f} MiB "
-        f"in {'host memory' if cache.place == 'host' else 'device memory'}"
+        f"Reference cache ({cache.mode}): references computed {seen.misses} times, taken from the "
+        f"cache {seen.hits} times, {cache.bytes / 2**20:.1f} MiB in {where}"
     )
     if seen.drift is not None:
         said += f", changed by at most {seen.drift:.1%} between refreshes"
