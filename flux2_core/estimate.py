@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .attention import attend
 from .configs import TransformerConfig
+from .kv_cache import ReferenceCache, Store, bytes_for
 from .layers import Modulation
 
 
@@ -58,7 +59,7 @@ def flops(config: TransformerConfig, *, text: int, picture: int, batch: int = 1,
     computed, and do not count."""
     r = rows(config, text=text, picture=picture, **more)
     c, h = config, config.hidden_size
-    blocks = c.double_blocks + c.single_blocks
+    blocks = _blocks(c)
     last = min(1, c.single_blocks)
     products = (
         (r.own - text) * c.in_channels * h
@@ -104,10 +105,12 @@ def activation_bytes(
     picture: int,
     batch: int = 1,
     itemsize: int = 2,
+    decoded: int = 0,
     **more,
 ) -> int:
     """The most bytes that one forward holds beyond weights and inputs, workspace of the attention
-    kernel excepted; the other arguments are those of `rows`.
+    kernel excepted. `decoded`: for how many pictures of the batch cached keys and values are
+    turned back from fp8 or fetched from host memory; the other arguments are those of `rows`.
 
     The peak is a single block's concatenation before linear2. Alive there, in widths h a row: the
     block's input 1, linear1's output 3 + 2 m (q, k, v and the feed-forward's halves are views of
@@ -119,23 +122,85 @@ def activation_bytes(
     """
     r = rows(config, text=text, picture=picture, **more)
     c, m = config, config.mlp_ratio
-    joined = 1 + (3 + 2 * m) + 2 + 1 + m + (1 + m)
-    widths = r.own * joined
+    until = 1 + (3 + 2 * m) + 2 + 1  # as far as the attention's output
+    widths = batch * r.own * (until + m + (1 + m))
+    tables = r.keys
     if r.keys > r.own:
-        # With a cache, attention itself may be the peak: own keys and values beside the cached
-        # ones in one piece, 2 a key, and neither feed-forward nor concatenation yet.
-        widths = max(widths, r.own * (1 + (3 + 2 * m) + 2 + 1) + 2 * r.keys)
+        # With a cache, attention itself can be the peak: the output a second time, as rows, and
+        # all keys and values in one piece beside their sources. The tables are a part of the whole.
+        joined = batch * (r.own * (until + 2) + 2 * r.keys) + decoded * 2 * (r.keys - r.own)
+        widths = max(widths, joined)
+        tables += r.own
     vectors = 16 * (2 if r.isolated else 1)
-    tables = r.keys * c.head_dim * torch.float32.itemsize
-    return batch * (widths + text + vectors) * c.hidden_size * itemsize + tables
+    widths += batch * (text + vectors)
+    return widths * c.hidden_size * itemsize + tables * c.head_dim * torch.float32.itemsize
 
 
 def cache_bytes(
-    config: TransformerConfig, *, references: Sequence[int], batch: int = 1, itemsize: int = 2
+    config: TransformerConfig,
+    *,
+    references: Sequence[int],
+    batch: int = 1,
+    itemsize: int = 2,
+    store: Store = "model",
 ) -> int:
     """The references' keys and values, of every block."""
-    blocks = config.double_blocks + config.single_blocks
-    return blocks * 2 * config.hidden_size * sum(references) * batch * itemsize
+    return bytes_for(
+        _blocks(config),
+        config.hidden_size,
+        sum(references),
+        batch,
+        store,
+        head_dim=config.head_dim,
+        itemsize=itemsize,
+    )
+
+
+class Memory(NamedTuple):
+    """Bytes on the device, at the fullest moment of a run."""
+
+    activations: int
+    cache: int
+
+
+def run_bytes(
+    config: TransformerConfig,
+    *,
+    text: int,
+    picture: int,
+    references: Sequence[int],
+    held: Sequence[int] | None = None,
+    batch: int = 1,
+    itemsize: int = 2,
+    cache: ReferenceCache | None = None,
+) -> Memory:
+    """A run's fullest moment. `references` are those that act at once, `held` those that a cache
+    holds (None: the same); `cache` says how, and None that there is none."""
+    sizes = {"text": text, "picture": picture, "references": references}
+    with_all = activation_bytes(config, **sizes, batch=batch, itemsize=itemsize)
+    if cache is None or not sum(references):
+        return Memory(with_all, 0)
+    exact, away = cache.mode == "exact", cache.place == "host"
+    # exact entries are made once for a whole batch, the approximate ones for each picture
+    pictures = 1 if exact else batch
+    held = references if held is None else held
+    kept = cache_bytes(
+        config, references=held, batch=pictures, itemsize=itemsize, store=cache.store
+    )
+    decoded = pictures if away or cache.store == "fp8" else 0
+    later = activation_bytes(
+        config, **sizes, batch=batch, itemsize=itemsize, cached=True, decoded=decoded
+    )
+    # exact: the references run alone first; approximate: some steps run all
+    first = dict(sizes, text=0, picture=0) if exact else sizes
+    full = activation_bytes(config, **first, batch=pictures, itemsize=itemsize)
+    if away:  # two blocks at a time come through buffers
+        kept = min(kept, 2 * kept // _blocks(config))
+    return Memory(max(later, full), kept)
+
+
+def _blocks(config: TransformerConfig) -> int:
+    return config.double_blocks + config.single_blocks
 
 
 # -------------------------------------------------------------------------------------------- time
