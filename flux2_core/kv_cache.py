@@ -226,7 +226,8 @@ class ReferenceCache:
     mode: "exact" for weights in the KV form; "approximate" for all others: a full step whenever
     step < `guard`, and every `interval` steps.
     store: "model" keeps the dtype given, bit for bit; "fp8" keeps e4m3 codes and one float32 scale
-    for each row of a head: 52 % of bf16's memory, relative error of K and V 2.6 % (measured).
+    for each row of a head: 52 % of bf16's memory; measured relative error of normally distributed
+    K and V 2.6 %, of the worst row 3.3 %.
     place: "device" is where they were computed; "host" is pinned memory, copied one block ahead.
     limit_bytes: the oldest entries go first; None keeps all.
     """

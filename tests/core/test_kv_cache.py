@@ -1,6 +1,7 @@
 """The reference cache's storage and keys: what is kept, what it is found by, when it is due."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -112,8 +113,8 @@ def test_the_model_s_dtype_is_kept_bit_for_bit(dtype, place):
     fill(cache, key := cache.key([latent()], "about"), blocks)
     kept = cache.find(key)
     for i, pair in enumerate(blocks):
-        for got, wanted in zip(kept.get(i, wanted_like := pair[0]), pair, strict=True):
-            assert got.dtype == wanted_like.dtype and torch.equal(got, wanted)
+        for got, wanted in zip(kept.get(i, pair[0]), pair, strict=True):
+            assert got.dtype == dtype and torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("place", ["device", "host"])
@@ -126,9 +127,9 @@ def test_fp8_keeps_two_digits_of_every_row(dtype, place):
     kept = cache.find(key)
     for i, pair in enumerate(blocks):
         for got, wanted in zip(kept.get(i, pair[0]), pair, strict=True):
-            assert got.dtype == dtype and error(got, wanted) < 0.027  # 0.0262
+            assert got.dtype == dtype and error(got, wanted) < 0.027  # 0.0261
     quiet = kept.get(0, blocks[0][0])[0][0, 1]
-    assert error(quiet, blocks[0][0][0, 1]) < 0.028  # 0.0266
+    assert error(quiet, blocks[0][0][0, 1]) < 0.027  # 0.0258
     assert not kept.get(0, blocks[0][0])[1][1, 2, 3].any()
 
 
@@ -142,7 +143,8 @@ def test_what_is_kept_is_a_copy(store):
     fill(cache, key := cache.key([], 0), [(part, part)])
     assert cache.bytes == bytes_for(1, HEADS * DIM, TOKENS, BATCH, store, itemsize=4)
     whole.zero_()
-    assert error(cache.find(key).get(0, whole)[0], wanted) < 0.03  # fp8: 0.026
+    k, _ = cache.find(key).get(0, whole)
+    assert k.is_contiguous() and error(k, wanted) < 0.027  # fp8: 0.0257
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -166,15 +168,16 @@ def test_a_megapixel_of_klein_9b_takes_what_the_fact_sheet_says():
     assert bytes_for(32, 4096, 4096, store="fp8") == 33 / 64 * 2 * 2**30
 
 
-def test_entries_recorded_in_inference_mode_serve_outside_it():
-    cache = ReferenceCache(store="fp8", place="host")
+@pytest.mark.parametrize("store", ["model", "fp8"])
+def test_entries_recorded_in_inference_mode_serve_outside_it(store):
+    cache = ReferenceCache(store=store)
     with torch.inference_mode():
         x = latent()
         blocks = kv()
         fill(cache, key := cache.key([x], (x,)), blocks)
         cache.find(key).get(0, blocks[0][0])
     weight = torch.ones(1, requires_grad=True)
-    k, _ = cache.find(cache.key([x], (x,))).get(0, torch.zeros(1))
+    k, _ = cache.find(cache.key([x], (x,))).get(0, blocks[0][0].clone())
     (k * weight).sum().backward()
     assert weight.grad is not None
 
@@ -370,10 +373,10 @@ def test_drift_is_the_largest_change_at_a_refresh(store, place):
     assert cache.statistics.drift is None
     fill(cache, key, blocks)
     assert cache.statistics.drift == 0
-    moved = [(k, v + 0.5 * torch.randn_like(v) * (i == 1)) for i, (k, v) in enumerate(blocks)]
+    moved = [(k, v + 0.5 * k * (i == 1)) for i, (k, v) in enumerate(blocks)]
     fill(cache, key, moved)
     wanted = error(blocks[1][1], moved[1][1])
-    wanted = pytest.approx(wanted, rel=1e-5 if store == "model" else 0.01)  # 2e-8, 0.003
+    wanted = pytest.approx(wanted, rel=1e-5 if store == "model" else 0.01)  # 2e-7, 0.0021
     assert cache.statistics.drift == wanted
     fill(cache, key, moved)
     assert cache.statistics.drift == wanted
@@ -397,6 +400,33 @@ def test_room_is_made_before_an_entry_is_recorded():
     fill(cache, cache.key([latent(0)], 0), kv())
     cache.record(cache.key([latent(1)], 0), LAYERS).put(0, *kv()[0])
     assert cache.bytes == 0
+
+
+def test_two_entries_recorded_at_once_keep_the_limit():
+    one = bytes_for(LAYERS, HEADS * DIM, TOKENS, BATCH)
+    cache = ReferenceCache(limit_bytes=2 * one)
+    other = cache.key([latent(1)], 0)
+    fill(cache, other, kv())
+    key = cache.key([latent(0)], 0)
+    recorders = [cache.record(k, LAYERS) for k in (key, key, cache.key([latent(2)], 0))]
+    for recorder in recorders:
+        for i, pair in enumerate(kv()):
+            recorder.put(i, *pair)
+    recorders[0].finish()
+    recorders[1].finish()  # in the place of the first, not beside it
+    assert cache.bytes == 2 * one and cache.find(other)
+    recorders[2].finish()
+    assert cache.bytes == 2 * one and cache.find(other) is None
+
+
+def test_a_refresh_needs_the_room_of_one_entry():
+    cache = ReferenceCache("approximate", guard=99)
+    fill(cache, key := cache.key([latent()], 0), kv())
+    old = [weakref.ref(x) for block in cache._entries[key].blocks for x in block]
+    recorder = cache.record(key, LAYERS)
+    for i, pair in enumerate(kv()):
+        recorder.put(i, *pair)
+        assert sum(x() is not None for x in old) == 2 * (LAYERS - 1 - i)
 
 
 def test_an_entry_above_the_limit_is_refused_at_its_first_block():
