@@ -75,6 +75,8 @@ def table(
     spans, groups, start = _spans(keys), [], 0
     sight: list[Weight] = []
     for a, length in enumerate(queries):
+        if not length:
+            continue
         row = [weight(a, b) for b in range(len(keys))]
         if groups and all(_same(x, y) for x, y in zip(row, sight, strict=True)):
             groups[-1] = Group(slice(groups[-1].rows.start, start + length), groups[-1].parts)
@@ -213,17 +215,3 @@ def _provider(device: str, dtype: torch.dtype, head_dim: int):
         if all((a - b).abs().max() < 2e-2 for a, b in zip(got, wanted, strict=True)):
             return kernel
     return explicit
-
-
-def attend_isolated(q: Tensor, k: Tensor, v: Tensor, references: int, attend=attend) -> Tensor:
-    """The last `references` queries see the last `references` keys only; all others see every key.
-
-    Two calls and no mask: exact, and cheaper than one (source: klein KV, reference implementation).
-    `q` may lack the reference rows (the last block, where nobody reads them).
-    """
-    rest = q.shape[2] - references
-    out = attend(q[:, :, :rest], k, v)
-    if not references:
-        return out
-    ref = attend(q[:, :, rest:], k[:, :, -references:], v[:, :, -references:])
-    return torch.cat((out, ref), 1)

@@ -1,6 +1,7 @@
 """What guidance means for a model: one forward with a number, or two whose difference is scaled."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from .errors import Flux2Error
 from .transformer import Controls, Flux2Transformer
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
+Steer = Callable[[float], Controls | None]  # sigma -> what holds at that time
 
 
 def cfg(positive: Tensor, negative: Tensor, scale: float) -> Tensor:
@@ -46,21 +48,25 @@ def velocity(
     embedded: float | None = None,
     scale: float = 1.0,
     references: Sequence[Tensor] = (),
-    controls: Controls | None = None,
+    controls: Controls | Steer | None = None,
 ) -> Velocity:
     """-> v(x, t) with x (B, 128, h, w), t (B,); context and negative (B or 1, T, ctx).
 
-    Two forwards where scale is not 1; both get the references (source: reference implementation).
+    Two forwards where scale is not 1; both get the references (source: reference implementation),
+    the prompts of regions only the first.
     """
 
-    def one(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    def one(x: Tensor, t: Tensor, text: Tensor, drop: bool = False) -> Tensor:
         guidance = None if embedded is None else torch.full_like(t, embedded)
         text = text.expand(x.shape[0], -1, -1)
-        return model(x, t, text, guidance, references, controls)
+        now = controls(float(t[0])) if callable(controls) else controls
+        if now is not None and drop:
+            now = replace(now, regions=())
+        return model(x, t, text, guidance, references, now)
 
     def two(x: Tensor, t: Tensor) -> Tensor:
         if scale == 1.0 or negative is None:
             return one(x, t, context)
-        return cfg(one(x, t, context), one(x, t, negative), scale)
+        return cfg(one(x, t, context), one(x, t, negative, drop=True), scale)
 
     return two

@@ -13,11 +13,25 @@ from .autoencoder import AutoEncoder
 from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from .configs import Variant
 from .errors import Flux2Error
-from .guidance import Velocity, split, velocity
-from .references import Reference, pixels, plan, read, resolve, to_pil
+from .guidance import Steer, Velocity, split, velocity
+from .kv_cache import ReferenceCache
+from .references import (
+    Reference,
+    Region,
+    check_names,
+    controls,
+    keep,
+    on_grid,
+    pixels,
+    plan,
+    read,
+    resolve,
+    to_pil,
+)
 from .sampling import OnStep, denoise
 from .text_encoder import TextEncoder
-from .transformer import Flux2Transformer, encoder_for
+from .transformer import Controls, Flux2Transformer, encoder_for
+from .visibility import RegionPrompt
 
 Picture = Reference | Tensor | Image.Image | str | Path
 
@@ -63,31 +77,9 @@ class Pipeline:
         vae = load_autoencoder(source.vae, **how)
         return cls(model, vae, load_text_encoder(source.text_encoder, **how), model.variant)
 
-    def __call__(
-        self,
-        prompt: str,
-        *,
-        references: Sequence[Picture] = (),
-        negative: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int = 0,
-    ) -> Image.Image:
+    def __call__(self, prompt: str, **wanted) -> Image.Image:
         """One picture; everything as in `sample`."""
-        return self.decode(
-            self.sample(
-                prompt,
-                references=references,
-                negative=negative,
-                width=width,
-                height=height,
-                steps=steps,
-                guidance=guidance,
-                seed=seed,
-            )
-        )
+        return self.decode(self.sample(prompt, **wanted))
 
     @torch.inference_mode()
     def sample(
@@ -95,6 +87,9 @@ class Pipeline:
         prompt: str,
         *,
         references: Sequence[Picture] = (),
+        regions: Sequence[Region] = (),
+        isolate: bool = False,
+        cache: ReferenceCache | None = None,
         negative: str | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -105,23 +100,47 @@ class Pipeline:
     ) -> Tensor:
         """-> the finished latent (1, 128, height / 16, width / 16). None: what the variant wants.
 
-        With true CFG and no `negative`, an empty prompt stands in for it.
+        With true CFG and no `negative`, an empty prompt stands in for it. `regions`, `isolate` and
+        `cache` as in transformer.Controls.
         """
         width, height = width or self.variant.size, height or self.variant.size
         pictures = [read(r) for r in references]
-        prompt = resolve(prompt, pictures)
+        check_names(pictures)
+        sigmas = schedule.sigmas(steps or self.variant.steps, width=width, height=height)
         embedded, scale = split(self.variant, guidance)
+        grid = (height // latents.PIXELS, width // latents.PIXELS)
+        prompts = [
+            RegionPrompt(
+                self.encode_text(resolve(r.prompt, pictures)), on_grid(r.mask, grid), r.base
+            )
+            for r in regions
+        ]
         field = velocity(
             self.model,
-            self.encode_text(prompt),
+            self.encode_text(resolve(prompt, pictures)),
             negative=self.encode_text(negative or "") if scale != 1 else None,
             embedded=embedded,
             scale=scale,
             references=self.encode(pictures),
+            controls=self._steer(pictures, grid, sigmas, tuple(prompts), isolate, cache),
         )
         x = latents.noise(seed, width=width, height=height).to(self.device)
-        sigmas = schedule.sigmas(steps or self.variant.steps, width=width, height=height)
         return denoise(self._cast(field), x, sigmas, on_step=on_step)
+
+    def _steer(self, pictures, grid, sigmas, regions, isolate: bool, cache) -> Steer:
+        """What holds at each time of a run."""
+        kept = [keep(r, fit) for r, fit in zip(pictures, plan(pictures), strict=True)]
+        if cache is not None:
+            cache.begin(object(), weights=_weights(self.model))
+
+        def at(sigma: float) -> Controls:
+            behind = schedule.share(sigmas, sigma)
+            if cache is not None:
+                cache.step = round(behind * (len(sigmas) - 1))
+            steered = controls(pictures, kept, grid, behind)
+            return Controls(references=steered, regions=regions, isolate=isolate, cache=cache)
+
+        return at
 
     def encode_text(self, prompt: str) -> Tensor:
         return self.text.encode([prompt]).to(self.device)
@@ -144,3 +163,10 @@ class Pipeline:
         """The model computes in its own dtype, the steps are summed in float32."""
         dtype = next(self.model.parameters()).dtype
         return lambda x, t: field(x.to(dtype), t)
+
+
+def _weights(model: torch.nn.Module) -> tuple:
+    """Changes with the model's weights: another model, another dtype, an edit in place."""
+    tensors = list(model.parameters())
+    edits = sum(0 if p.is_inference() else p._version for p in tensors)
+    return id(model), tensors[0].dtype, edits

@@ -5,8 +5,8 @@ per forward; qkv rows are q | k | v, each head-major; the final layer's rows are
 Source: FLUX.2 model card and reference implementation (black-forest-labs/flux2, Apache-2.0).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import attend, attend_isolated
+from .attention import attend, attend_segments
 from .configs import TransformerConfig, Variant
 from .errors import Flux2Error
-from .latents import grid, tokens
+from .kv_cache import Kept, Recorder, ReferenceCache
+from .latents import grid
 from .layers import (
     MLPEmbedder,
     Modulation,
@@ -30,17 +31,30 @@ from .layers import (
     swiglu,
 )
 from .positions import rope_table, rotate
+from .visibility import Layout, ReferenceControl, RegionPrompt, arrange
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Controls:
     """What bends the stock forward pass; None, or every field at its default, is stock.
 
     `kv_references`: references see references only and are modulated at t = 0; None follows the
-    model's config.
+    model's config. `still`: references are modulated at t = 0 though they see everything.
+    `references` is parallel to the references, missing ones are stock. `regions`
+    are prompts for parts of the picture; with `isolate` what lies outside the regions does not
+    look inside. `cache` keeps the references' keys and values between steps; `about` is what else
+    they depend on (positions, for a host that bends them), `call` what else tells one of several
+    calls a step from the others.
     """
 
     kv_references: bool | None = None
+    references: tuple[ReferenceControl, ...] = ()
+    regions: tuple[RegionPrompt, ...] = ()
+    isolate: bool = False
+    still: bool = False
+    cache: ReferenceCache | None = None
+    about: Hashable = None
+    call: Hashable = None
 
 
 STOCK = Controls()
@@ -57,18 +71,38 @@ class Stream:
     img_mod: tuple[Modulation, Modulation]
     txt_mod: tuple[Modulation, Modulation]
     single_mod: Modulation
-    text: int
-    picture: int
+    layout: Layout
     size: tuple[int, int]
-    isolated: int = 0  # reference rows that see references only
+    memory: Kept | Recorder | None = (
+        None  # the references' keys and values, from or for other steps
+    )
 
-    def attention(self, attend=attend):
-        """The attention callable for this layout."""
-        return (
-            partial(attend_isolated, references=self.isolated, attend=attend)
-            if self.isolated
-            else attend
-        )
+    @property
+    def text(self) -> int:
+        return self.layout.text
+
+    @property
+    def picture(self) -> int:
+        return self.layout.picture
+
+    def attention(self, block: int, attend=attend):
+        """The attention callable of a block, double blocks counted first."""
+        return partial(self._attend, block, attend)
+
+    def _attend(self, block: int, attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if isinstance(self.memory, Recorder) and self.layout.references:
+            own = slice(k.shape[2] - self.layout.references, None)
+            self.memory.put(block, k[:, :, own], v[:, :, own])
+        elif isinstance(self.memory, Kept):
+            known = self.memory.get(block, k)
+            k, v = (
+                torch.cat((new, old.expand(len(new), -1, -1, -1)), 2)
+                for new, old in zip((k, v), known, strict=True)
+            )
+        if not q.shape[2]:
+            return v.new_empty(len(v), 0, v.shape[1] * v.shape[3])
+        table = self.layout.last if q.shape[2] == self.layout.picture else self.layout.table
+        return attend(q, k, v) if table is None else attend_segments(q, k, v, table, attend)
 
 
 class SelfAttention(nn.Module):
@@ -215,43 +249,57 @@ class Flux2Transformer(nn.Module):
         """x (B, 128, h, w), timestep (B,) in [0, 1], context (B, T, ctx), guidance (B,) or None,
         references (B or 1, 128, h_i, w_i) each -> velocity (B, 128, h, w) in x's dtype."""
         s = self.embed(x, timestep, context, guidance, references, controls or STOCK)
+        return self.head(self.blocks(s))
+
+    def blocks(self, s: Stream) -> Stream:
         for i in range(len(self.double_blocks)):
             s.img, s.txt = self.double(i, s)
         s.img, s.txt = torch.cat((s.txt, s.img), 1), s.txt[:, :0]
         for i in range(len(self.single_blocks)):
             s.img = self.single(i, s)
-        return self.head(s)
+        if isinstance(s.memory, Recorder):
+            s.memory = s.memory.finish()
+        return s
 
     def embed(self, x, timestep, context, guidance, references, controls: Controls) -> Stream:
         self.check(x, context)
-        batch, _, h, w = x.shape
-        refs = [r.to(x).expand(batch, -1, -1, -1) for r in references]
-        img = self.img_in(torch.cat([tokens(part) for part in (x, *refs)], 1))
-        txt = self.txt_in(context.to(x.dtype))
-        vec = self.vector(timestep, guidance, x.dtype)
-        rows = img.shape[1] - h * w
-        kv = self.config.kv_references if controls.kv_references is None else controls.kv_references
-        isolated = rows if kv else 0
-        still = self.vector(torch.zeros_like(timestep), guidance, x.dtype) if isolated else None
-        return Stream(
-            txt=txt,
-            img=img,
-            vec=vec,
-            rope=rope_table(
-                txt.shape[1],
-                (h, w),
-                tuple((r.shape[2], r.shape[3]) for r in refs),
-                self.config.axes_dim,
-                self.config.theta,
-                x.device,
-            ),
-            img_mod=self.double_stream_modulation_img(vec, still, isolated),
-            txt_mod=self.double_stream_modulation_txt(vec),
-            single_mod=self.single_stream_modulation(vec, still, isolated)[0],
-            text=txt.shape[1],
-            picture=h * w,
-            size=(h, w),
-            isolated=isolated,
+        kv = self.isolates(controls)
+        memory = self.recall(x, timestep, context, guidance, references, controls, kv)
+        size, shapes = (x.shape[2], x.shape[3]), tuple((r.shape[2], r.shape[3]) for r in references)
+        layout = arrange(
+            context.shape[1], size, shapes, controls.references, controls.regions,
+            isolate=controls.isolate, kv=kv, cached=isinstance(memory, Kept), device=x.device,
+        )  # fmt: skip
+        texts = [context, *(r.context.expand(len(x), -1, -1) for r in controls.regions)]
+        txt = self.txt_in(torch.cat([t.to(x) for t in texts], 1))
+        img = self.img_in(layout.tokens(x, references))
+        rope = self.positions(context.shape[1], size, shapes, controls, x.device)
+        if layout.rows is not None:
+            rope = (rope[0][layout.rows], rope[1][layout.rows])
+        still = layout.references if kv or controls.still else 0
+        mods = self.modulations(timestep, guidance, x.dtype, still)
+        return Stream(txt, img, *mods[:1], rope, *mods[1:], layout, size, memory)
+
+    def isolates(self, controls: Controls) -> bool:
+        """True in the KV form: references see references only, and stand at t = 0."""
+        kv = controls.kv_references
+        return self.config.kv_references if kv is None else kv
+
+    def positions(self, text: int, size, shapes, controls: Controls, device):
+        """cos, sin of the stock sequence [text, picture, references]."""
+        axes, theta = self.config.axes_dim, self.config.theta
+        return rope_table(text, size, shapes, axes, theta, device)
+
+    def modulations(self, timestep, guidance, dtype, still: int):
+        """-> vec, and the modulations of picture, text and single blocks; the last `still` rows of
+        a sequence stand at t = 0."""
+        vec = self.vector(timestep, guidance, dtype)
+        at_zero = self.vector(torch.zeros_like(timestep), guidance, dtype) if still else None
+        return (
+            vec,
+            self.double_stream_modulation_img(vec, at_zero, still),
+            self.double_stream_modulation_txt(vec),
+            self.single_stream_modulation(vec, at_zero, still)[0],
         )
 
     def vector(self, timestep: Tensor, guidance: Tensor | None, dtype) -> Tensor:
@@ -261,20 +309,76 @@ class Flux2Transformer(nn.Module):
             vec = vec + self.guidance_in(sinusoid(guidance).to(dtype))
         return vec
 
+    def recall(
+        self, x, timestep, context, guidance, references, controls: Controls, kv: bool
+    ) -> Kept | Recorder | None:
+        """The references' keys and values if they are known, or what records them on the way."""
+        cache, steer = controls.cache, controls.references
+        steer = [steer[i] if i < len(steer) else ReferenceControl() for i in range(len(references))]
+        seen = [i for i, control in enumerate(steer) if control.seen]
+        if cache is None or not seen:
+            return None
+        shapes = tuple((i, tuple(r.shape[2:]), steer[i].strength) for i, r in enumerate(references))
+        content = [shared(references[i]) for i in seen]
+        maps = [(i, steer[i].keep, steer[i].region) for i in seen]
+        content += [m.to(x.device) for _, *pair in maps for m in pair if m is not None]
+        about = [controls.about, kv, x.dtype, tuple(seen), shapes]
+        about += [(i, *(m is not None for m in pair)) for i, *pair in maps]
+        if self.config.guidance_embed and guidance is not None:
+            about.append(tuple(guidance.tolist()))
+        if cache.mode == "exact":
+            if not kv:
+                raise Flux2Error(
+                    "An exact reference cache needs weights of the KV form",
+                    "this model's references look at the text and the picture",
+                    "Load the KV form (klein 9B KV), or choose the approximate cache",
+                )
+            key = cache.key(content, tuple(about))
+            found = cache.find(key)
+            return found or self.prefill(
+                key, x, guidance, references, replace(controls, references=tuple(steer))
+            )
+        content += [context, *(t for r in controls.regions for t in (r.context, r.region))]
+        key = cache.key(content, (*about, x.shape, controls.call, controls.isolate))
+        if cache.due(key):
+            return cache.record(key, len(self.double_blocks) + len(self.single_blocks))
+        return cache.find(key)
+
+    def prefill(self, key, x, guidance, references, controls: Controls) -> Kept:
+        """The references alone through all blocks: in the KV form they see nobody else, so text
+        and picture may be empty. References that all pictures share run once."""
+        references = [shared(r) for r in references]
+        batch = max(len(r) for r in references)
+        bound = x.new_empty(0, 0)
+        alone = tuple(
+            replace(c, active=c.seen, region=None if c.region is None else bound)
+            for c in controls.references
+        )
+        if guidance is not None:
+            guidance = guidance[:1].expand(batch)
+        blank = x.new_empty(batch, x.shape[1], 0, 0)
+        silence = x.new_empty(batch, 0, self.config.context_dim)
+        now = torch.zeros(batch, device=x.device)
+        cache = controls.cache
+        only = replace(controls, references=alone, regions=(), isolate=False, cache=None)
+        s = self.embed(blank, now, silence, guidance, references, only)
+        s.memory = cache.record(key, len(self.double_blocks) + len(self.single_blocks))
+        self.blocks(s)
+        return s.memory
+
     def double(self, i: int, s: Stream) -> tuple[Tensor, Tensor]:
-        return self.double_blocks[i](s.img, s.txt, s.img_mod, s.txt_mod, s.rope, s.attention())
+        return self.double_blocks[i](s.img, s.txt, s.img_mod, s.txt_mod, s.rope, s.attention(i))
 
     def single(self, i: int, s: Stream) -> Tensor:
         """The last block computes the picture's rows alone: nobody reads the others."""
-        if i < len(self.single_blocks) - 1:
-            return self.single_blocks[i](s.img, s.single_mod, s.rope, s.attention())
-        rows = slice(s.text, s.text + s.picture)
-        return self.single_blocks[i](s.img, s.single_mod, s.rope, attend, rows)
+        rows = slice(s.text, s.text + s.picture) if i == len(self.single_blocks) - 1 else None
+        attention = s.attention(len(self.double_blocks) + i)
+        return self.single_blocks[i](s.img, s.single_mod, s.rope, attention, rows)
 
     def head(self, s: Stream) -> Tensor:
         """Accepts the picture's rows, or the whole sequence."""
         x = s.img if s.img.shape[1] == s.picture else s.img[:, s.text : s.text + s.picture]
-        return grid(self.final_layer(x, s.vec), *s.size)
+        return grid(s.layout.restore(self.final_layer(x, s.vec)), *s.size)
 
     def check(self, x: Tensor, context: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
@@ -289,6 +393,11 @@ class Flux2Transformer(nn.Module):
                 f"its rows are {context.shape[-1]} wide, the model reads {self.config.context_dim}",
                 f"Load {encoder_for(self.config.context_dim)}",
             )
+
+
+def shared(x: Tensor) -> Tensor:
+    """x (B, ...), or its first row where all are the same."""
+    return x[:1] if len(x) > 1 and bool((x == x[:1]).all()) else x
 
 
 def encoder_for(context_dim: int) -> str:

@@ -87,6 +87,7 @@ class Layout:
     references: int
     table: Table | None
     last: Table | None
+    lengths: tuple[int, ...] = ()  # tokens of each reference in the sequence
 
     def tokens(self, x: Tensor, references: Sequence[Tensor]) -> Tensor:
         """(B, 128, h, w) and all references -> (B, rows after the text, 128)."""
@@ -153,7 +154,16 @@ def arrange(
         references=0 if cached else sum(lengths),
         table=whole,
         last=None if whole is None else _table(pieces, segments, sight),
+        lengths=() if cached else tuple(lengths),
     )
+
+
+def isolation(text: int, picture: int, references: int) -> Table | None:
+    """The KV form alone: the last rows see each other only, all others see everything."""
+    if not references:
+        return None
+    rows = [Segment("text", 0, text + picture), Segment("reference", 0, references)]
+    return _table(rows, rows, Sight([STOCK], (), {}, None, False, True, "cpu"))
 
 
 def check_maps(size, shapes, steer: Sequence[ReferenceControl], regions) -> None:
@@ -187,9 +197,9 @@ def _pieces(length: int, maps: dict) -> tuple[Tensor | None, list[Segment]]:
 
 def _rows(text, size, shapes, regions, present, kept, order, device) -> Tensor | None:
     """Where each row stands in the stock sequence [text, picture, references]."""
-    if not regions and order is None and present == tuple(range(len(shapes))):
-        if all(k is None for k in kept):
-            return None
+    every = present == tuple(range(len(shapes))) and all(k is None for k in kept)
+    if every and order is None and not regions:
+        return None
     picture = size[0] * size[1]
     parts = [torch.arange(text), *(torch.arange(r.context.shape[1]) for r in regions)]
     parts.append(text + (torch.arange(picture) if order is None else order))

@@ -5,7 +5,7 @@ replace whole blocks, add control. This file offers them every place that the ho
 offers; the mathematics stays in the core.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import SimpleNamespace
 
@@ -18,22 +18,13 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..flux2_core.attention import attend_isolated
 from ..flux2_core.configs import TransformerConfig, Variant
-from ..flux2_core.latents import tokens
+from ..flux2_core.errors import Flux2Error
 from ..flux2_core.positions import rotate
 from ..flux2_core.transformer import Flux2Transformer, Stream
+from ..flux2_core.visibility import isolation
 from .host_rope import angles, ids, places, table
-
-
-@dataclass
-class Call:
-    """What the host hands over beside the tensors."""
-
-    options: dict
-    control: dict | None
-    method: str | None
-    mask: Tensor | None
+from .host_steer import HostControls, Steering, check_batches, steer
 
 
 @dataclass
@@ -71,8 +62,9 @@ class HostStream(Stream):
     def controlled(self, img: Tensor, where: str, i: int, start: int) -> Tensor:
         """img plus what a control network wants added after block i, from row `start` on."""
         wanted = (self.control or {}).get(where) or []
-        if i < len(wanted) and wanted[i] is not None:
-            img[:, start : start + wanted[i].shape[1]] += wanted[i]
+        if self.picture and i < len(wanted) and wanted[i] is not None:
+            added = wanted[i] if self.layout.order is None else wanted[i][:, self.layout.order]
+            img[:, start : start + added.shape[1]] += added
         return img
 
 
@@ -136,76 +128,68 @@ class HostTransformer(Flux2Transformer):
         transformer_options=None,
         **kw,
     ):
-        call = Call(
+        controls = steer(
             dict(transformer_options or {}),
-            control,
-            kw.get("ref_latents_method"),
-            kw.get("attention_mask"),
+            kw.get("flux2_kit"),
+            (x.shape[2], x.shape[3]),
+            control=control,
+            method=kw.get("ref_latents_method") or self.params.default_ref_method,
+            mask=kw.get("attention_mask"),
         )
-        return super().forward(x, timestep, context, guidance, ref_latents or (), call)
+        return super().forward(x, timestep, context, guidance, ref_latents or (), controls)
 
-    def embed(self, x, timestep, context, guidance, references, call: Call) -> HostStream:
-        self.check(x, context)
-        size = (x.shape[2], x.shape[3])
-        refs = [r.to(x).expand(x.shape[0], -1, -1, -1) for r in references]
-        if refs:
-            call.options["reference_image_num_tokens"] = [r.shape[2] * r.shape[3] for r in refs]
-        img = self.img_in(torch.cat([tokens(part) for part in (x, *refs)], 1))
-        txt = self.txt_in(context.to(x.dtype))
-        method = call.method or self.params.default_ref_method
-        grids = places(
-            size, tuple((r.shape[2], r.shape[3]) for r in refs), method, self.params.ref_index_scale
-        )
-        img, txt, rope = self._post_input(img, txt, grids, call.options)
+    def embed(self, x, timestep, context, guidance, references, controls: HostControls):
+        made = super().embed(x, timestep, context, guidance, references, controls)
+        options = controls.options
+        if made.layout.references:
+            options["reference_image_num_tokens"] = list(made.layout.lengths)
+        s = HostStream(**vars(made), options=options, control=controls.control, mask=controls.mask)
+        if s.patches("post_input"):
+            self._post_input(s, context, references, controls)
+            if s.img.shape[1] != s.picture + s.layout.references:
+                self._shorten(s, timestep, guidance, controls)
+        return s
 
-        rows = img.shape[1] - size[0] * size[1]
-        kv = self.config.kv_references
-        vec = self.vector(timestep, guidance, x.dtype)
-        still = None
-        if rows and (kv or method == "index_timestep_zero"):
-            still = self.vector(torch.zeros_like(timestep), guidance, x.dtype)
-        return HostStream(
-            txt=txt,
-            img=img,
-            vec=vec,
-            rope=rope,
-            img_mod=self.double_stream_modulation_img(vec, still, rows),
-            txt_mod=self.double_stream_modulation_txt(vec),
-            single_mod=self.single_stream_modulation(vec, still, rows)[0],
-            text=txt.shape[1],
-            picture=size[0] * size[1],
-            size=size,
-            isolated=rows if kv else 0,
-            options=call.options,
-            control=call.control,
-            mask=call.mask,
-        )
+    def positions(self, text, size, shapes, controls: HostControls, device):
+        grids = places(size, shapes, controls.method, self.params.ref_index_scale)
+        return table(text, grids, controls.bend, self.config.axes_dim, self.config.theta, device)
 
-    def _post_input(self, img, txt, grids, options):
+    def _post_input(self, s: HostStream, context, references, controls: HostControls):
         """Let patches change the sequence before its positions are turned into angles."""
-        bend = tuple(sorted((options.get("rope_options") or {}).items()))
-        axes, theta = self.config.axes_dim, self.config.theta
-        patches = options.get("patches", {}).get("post_input", [])
-        if not patches:
-            return img, txt, table(txt.shape[1], grids, bend, axes, theta, img.device)
+        if s.memory is not None or s.layout.rows is not None or controls.cache is not None:
+            raise Flux2Error(
+                "Another node changes the model's sequence, which controlled references cannot follow",
+                "a post_input patch, for instance of Flux KV Cache",
+                "Remove that node (FLUX.2 Reference Cache does its work), or set the controls to their defaults",
+            )
+        shapes = tuple((r.shape[2], r.shape[3]) for r in references)
+        grids = places(s.size, shapes, controls.method, self.params.ref_index_scale)
         txt_ids, img_ids = (
-            i.expand(img.shape[0], -1, -1).to(img.device) for i in ids(txt.shape[1], grids, bend)
+            i.expand(s.img.shape[0], -1, -1).to(s.img.device)
+            for i in ids(context.shape[1], grids, controls.bend)
         )
         state = {
-            "img": img,
-            "txt": txt,
+            "img": s.img,
+            "txt": s.txt,
             "img_ids": img_ids,
             "txt_ids": txt_ids,
-            "transformer_options": options,
+            "transformer_options": s.options,
         }
-        for patch in patches:
-            state = {**patch(state), "transformer_options": options}
+        for patch in s.patches("post_input"):
+            state = {**patch(state), "transformer_options": s.options}
         all_ids = torch.cat((state["txt_ids"], state["img_ids"]), 1)
-        cos, sin = angles(all_ids.cpu(), axes, theta)
-        return (
-            state["img"],
-            state["txt"],
-            (cos[:, None].to(img.device), sin[:, None].to(img.device)),
+        cos, sin = angles(all_ids.cpu(), self.config.axes_dim, self.config.theta)
+        s.img, s.txt = state["img"], state["txt"]
+        s.rope = cos[:, None].to(s.img.device), sin[:, None].to(s.img.device)
+
+    def _shorten(self, s: HostStream, timestep, guidance, controls: HostControls):
+        """What the rows are after a patch took some away (or added some) at the end."""
+        rows, kv = s.img.shape[1] - s.picture, self.isolates(controls)
+        sight = isolation(s.txt.shape[1], s.picture, rows) if kv else None
+        s.layout = replace(s.layout, text=s.txt.shape[1], references=rows, table=sight, last=None)
+        still = rows if kv or controls.still else 0
+        s.vec, s.img_mod, s.txt_mod, s.single_mod = self.modulations(
+            timestep, guidance, s.img.dtype, still
         )
 
     def double(self, i: int, s: HostStream) -> tuple[Tensor, Tensor]:
@@ -213,7 +197,7 @@ class HostTransformer(Flux2Transformer):
 
         def run(args):
             img, txt = block(
-                args["img"], args["txt"], *args["vec"], (), partial(self._attend, s, args)
+                args["img"], args["txt"], *args["vec"], (), partial(self._attend, s, args, i)
             )
             return {"img": _finite(img), "txt": _finite(txt)}
 
@@ -227,7 +211,8 @@ class HostTransformer(Flux2Transformer):
         rows = slice(s.text, s.text + s.picture) if i == total - 1 and self._alone(i, s) else None
 
         def run(args):
-            attend = partial(self._attend, s, args, rows=rows)
+            number = len(self.double_blocks) + i
+            attend = partial(self._attend, s, args, number, rows=rows)
             return {"img": _finite(block(args["img"], args["vec"], (), attend, rows))}
 
         out = s.block("single", i, total, run, img=s.img, vec=s.single_mod)
@@ -243,7 +228,7 @@ class HostTransformer(Flux2Transformer):
         return not watched and s.mask is None and "optimized_attention_override" not in s.options
 
     def _attend(
-        self, s: HostStream, args: dict, q: Tensor, k: Tensor, v: Tensor, rows: slice | None = None
+        self, s: HostStream, args: dict, block: int, q: Tensor, k: Tensor, v: Tensor, rows=None
     ):
         """q, k (before RoPE), v (B, H, L, D) -> (B, L, H * D), past the patches of other packs."""
         options = args.get("transformer_options") or s.options
@@ -258,7 +243,7 @@ class HostTransformer(Flux2Transformer):
         q = rotate(q, *(_cut(t[..., rows, :] if rows else t, q) for t in rope))
         k = rotate(k, *(_cut(t, k) for t in rope))
         kernel = partial(_kernel, heads=self.config.heads, mask=mask, options=options)
-        out = attend_isolated(q, k, v, 0 if rows else s.isolated, kernel)
+        out = s.attention(block, kernel)(q, k, v)
         for patch in s.patches("attn1_output_patch"):
             out = patch(out, extra)
         return out
@@ -351,4 +336,7 @@ class Model(comfy.model_base.Flux2):
         if text is not None:
             short = max(0, self.config.text_length - text.shape[1])
             out["c_crossattn"] = comfy.conds.CONDRegular(F.pad(text, (0, 0, short, 0)))
+        check_batches(kwargs.get("reference_latents"), kwargs.get("noise"))
+        if kit := kwargs.get("flux2_kit"):
+            out["flux2_kit"] = Steering.of(kit, self.config.text_length)
         return out

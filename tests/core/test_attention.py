@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core import attention
 from flux2_pack.flux2_core.attention import attend, attend_lse, attend_segments, explicit, table
 

@@ -14,28 +14,11 @@ from diffusers.models.transformers.transformer_flux2 import (  # noqa: E402
     Flux2KVParallelSelfAttnProcessor,
 )
 
-from flux2_pack.flux2_core.configs import TransformerConfig  # noqa: E402
 from flux2_pack.flux2_core.keymaps import TRANSFORMER, to_diffusers  # noqa: E402
 from flux2_pack.flux2_core.latents import grid, tokens  # noqa: E402
 from flux2_pack.flux2_core.positions import rope, sequence_ids  # noqa: E402
 from flux2_pack.flux2_core.transformer import Controls, Flux2Transformer  # noqa: E402
-
-DEV = TransformerConfig(256, 96, 2, 3, guidance_embed=True)
-KLEIN = TransformerConfig(256, 96, 2, 3, guidance_embed=False)
-SIZES = [(6, 10), (4, 4), (8, 3), (1, 5), (2, 2), (3, 3), (4, 2), (2, 4), (5, 1), (1, 1)]
-TEXT = 7
-
-
-def toy(config: TransformerConfig, seed: int = 0) -> Flux2Transformer:
-    """Random weights that keep every activation near 1, so that no term hides behind another."""
-    model = Flux2Transformer(config).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.copy_(
-            1 + 0.1 * noise if parameter.ndim == 1 else noise / parameter.shape[1] ** 0.5
-        )
-    return model
+from flux2_pack.tests.core.toys import DEV, KLEIN, SIZES, TEXT, inputs, toy  # noqa: E402
 
 
 def theirs(model: Flux2Transformer) -> torch.nn.Module:
@@ -50,18 +33,6 @@ def theirs(model: Flux2Transformer) -> torch.nn.Module:
     )
     peer.load_state_dict(to_diffusers(model.state_dict(), TRANSFORMER))
     return peer.eval().requires_grad_(False)
-
-
-def inputs(references: int, size=(5, 7), batch: int = 1, seed: int = 1, guidance=None) -> dict:
-    """What our forward takes; `references` of sizes that differ."""
-    g = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(batch, 128, *size, generator=g),
-        "timestep": torch.tensor([0.767, 0.301])[:batch],
-        "context": torch.randn(batch, TEXT, DEV.context_dim, generator=g),
-        "guidance": None if guidance is None else torch.tensor([guidance, 2.5])[:batch],
-        "references": [torch.randn(batch, 128, *s, generator=g) for s in SIZES[:references]],
-    }
 
 
 def ids(t: int, height: int, width: int) -> torch.Tensor:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.visibility import ReferenceControl, RegionPrompt, arrange
 
