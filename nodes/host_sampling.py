@@ -15,6 +15,7 @@ from ..flux2_core.errors import Flux2Error
 from ..flux2_core.guidance import check_negative, split
 from ..flux2_core.sampling import check_finite
 from .host import check_text, config_of, variant_of, with_values
+from .host_controls import check_host_model
 from .host_preview import progress
 
 
@@ -45,6 +46,7 @@ def guider(model, positive, negative, guidance: float) -> Guider:
     """`guidance` 0 is what the variant wants; a value that another node put into the prompt's
     conditioning then counts. Raises Flux2Error for texts and models that do not fit."""
     variant, config = variant_of(model), config_of(model)
+    check_host_model(model, positive, negative)
     embedded, scale = split(variant, guidance)
     for text, _ in positive + (negative or []):
         check_text(text.shape[-1], config)

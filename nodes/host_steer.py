@@ -13,6 +13,7 @@ from ..flux2_core.references import active, on_grid
 from ..flux2_core.schedule import share
 from ..flux2_core.transformer import Controls
 from ..flux2_core.visibility import ReferenceControl, RegionPrompt
+from .host_controls import CACHE, KV
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ def steer(
     """What the host says of one call -> Controls. `kit` is the conditioning's `flux2_kit`, `size`
     the picture's latent grid (h, w)."""
     controls = HostControls(
+        kv_references=options.get(KV),
         still=method == "index_timestep_zero",
         options=options,
         control=control,
@@ -43,7 +45,7 @@ def steer(
         mask=mask,
     )
     begun, step = _progress(options)
-    if cache := options.get("flux2_kit_cache"):
+    if cache := options.get(CACHE):
         cache.step = step
         call = (tuple(options.get("uuids", ())), tuple(options.get("cond_or_uncond", ())))
         controls = replace(controls, cache=cache, about=(method, controls.bend), call=call)
