@@ -199,6 +199,22 @@ def run_bytes(
     return Memory(max(later, full), kept)
 
 
+def tokens_within(limit: int, config: TransformerConfig, **run) -> int:
+    """The most reference tokens with which a run stays within `limit` bytes, -1 where it does not
+    even without any; `run` as for `run_bytes`."""
+
+    def over(tokens: int) -> bool:
+        return sum(run_bytes(config, references=[tokens], **run)) > limit
+
+    low, high = -1, 1
+    while not over(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if over(middle) else (middle, high)
+    return low
+
+
 def _blocks(config: TransformerConfig) -> int:
     return config.double_blocks + config.single_blocks
 

@@ -10,6 +10,7 @@ from .loaders import (
     Flux2KitTextEncoderLoader,
     Flux2KitVAELoader,
 )
+from .plan import Flux2KitReferencePlan
 from .prompt import Flux2KitPrompt
 from .references import Flux2KitApplyReferences, Flux2KitReference
 from .regions import Flux2KitRegionPrompt
@@ -26,6 +27,7 @@ NODES = [
     Flux2KitApplyReferences,
     Flux2KitRegionPrompt,
     Flux2KitReferenceCache,
+    Flux2KitReferencePlan,
     Flux2KitEmptyLatent,
     Flux2KitFlex,
     Flux2KitSampler,
