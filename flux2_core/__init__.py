@@ -11,11 +11,13 @@ from .autoencoder import AutoEncoder
 from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from .configs import VARIANTS, AutoEncoderConfig, TextEncoderConfig, TransformerConfig, Variant
 from .errors import Flux2Error
+from .kv_cache import ReferenceCache
 from .pipeline import Paths, Pipeline
-from .references import Reference
+from .references import Reference, Region
 from .sampling import denoise
 from .text_encoder import TextEncoder
 from .transformer import Controls, Flux2Transformer
+from .visibility import ReferenceControl, RegionPrompt
 
 __all__ = [
     "VARIANTS",
@@ -27,6 +29,10 @@ __all__ = [
     "Paths",
     "Pipeline",
     "Reference",
+    "ReferenceCache",
+    "ReferenceControl",
+    "Region",
+    "RegionPrompt",
     "TextEncoder",
     "TextEncoderConfig",
     "TransformerConfig",

@@ -7,9 +7,10 @@ from flux2_pack.flux2_core import attention
 from flux2_pack.flux2_core.attention import attend, attend_lse, attend_segments, explicit, table
 
 LENGTHS = (7, 20, 5, 11)
+ALL = sum(LENGTHS)
 
 
-def qkv(queries=sum(LENGTHS), keys=sum(LENGTHS), dtype=torch.float32, seed=0):
+def qkv(queries=ALL, keys=ALL, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(2, 3, n, 32, generator=generator).to(dtype) for n in (queries, keys, keys)]
 

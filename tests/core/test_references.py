@@ -9,7 +9,17 @@ from PIL import Image
 
 from flux2_pack.flux2_core import references
 from flux2_pack.flux2_core.errors import Flux2Error
-from flux2_pack.flux2_core.references import Fit, Reference, lint, pixels, plan, resolve
+from flux2_pack.flux2_core.references import (
+    Fit,
+    Reference,
+    active,
+    keep,
+    lint,
+    on_grid,
+    pixels,
+    plan,
+    resolve,
+)
 
 
 def blank(width: int, height: int, name: str = "") -> Reference:
@@ -179,8 +189,79 @@ def test_plan_changes_nothing():
     )
 
 
-@pytest.mark.parametrize("control", [{"strength": 0.5}, {"end": 0.4}, {"mask": torch.ones(64, 64)}])
-def test_a_control_that_is_not_built_is_refused(control):
-    name = next(iter(control))
-    with pytest.raises(Flux2Error, match=f"cannot be controlled by {name} yet"):
+BLACK = torch.zeros(64, 64)
+
+
+@pytest.mark.parametrize(
+    ("control", "words"),
+    [
+        ({"strength": -0.1}, "strength of Reference 1 is out of range"),
+        ({"strength": 3.1}, "Use 0 (absent) to 3"),
+        ({"start": 0.5, "end": 0.5}, "would act in no step"),
+        ({"start": -0.1}, "would act in no step"),
+        ({"end": 1.5}, "would act in no step"),
+        ({"importance": 0.0}, "importance of Reference 1"),
+        ({"mask": BLACK}, "mask of Reference 1 is black everywhere"),
+        ({"region": BLACK}, "region of Reference 1 is black everywhere"),
+        ({"mask": torch.ones(1, 64, 64)}, "is not a mask"),
+        ({"region": torch.full((4, 4), torch.nan)}, "is not a mask"),
+    ],
+)
+def test_a_control_out_of_range_is_refused(control, words):
+    with pytest.raises(Flux2Error) as error:
         plan([Reference(torch.rand(64, 64, 3), **control)])
+    assert words in str(error.value)
+
+
+def test_a_mask_keeps_every_patch_that_it_touches():
+    mask = torch.zeros(64, 96)
+    mask[20, 40] = 1  # one pixel: row 1, column 2 of the patches
+    reference = Reference(torch.rand(64, 96, 3), mask=mask)
+    kept = keep(reference, *plan([reference]))
+    assert kept.shape == (4, 6) and kept.nonzero().tolist() == [[1, 2]]
+
+
+def test_a_mask_is_cut_and_shrunk_with_its_picture():
+    """White where the picture is white: the patches kept are those that hold white."""
+    image = torch.zeros(70, 100, 3)
+    image[3:19, 2:18] = 1  # the first patch of what stays after the cut
+    for size in ((70, 100), (140, 200)):  # a mask of another size is stretched
+        mask = torch.nn.functional.interpolate(image[None, None, ..., 0], size)[0, 0]
+        reference = Reference(image, mask=mask)
+        assert keep(reference, *plan([reference])).nonzero().tolist()[:1] == [[0, 0]]
+        assert not keep(reference, *plan([reference]))[2:].any()
+    large = Reference(torch.zeros(3000, 3000, 3), mask=torch.ones(30, 30))
+    (fit,) = plan([large])
+    assert keep(large, fit).shape == (fit.size[1] // 16, fit.size[0] // 16)
+
+
+def test_a_mask_that_only_the_cut_leaves_black_is_refused():
+    mask = torch.zeros(70, 100)
+    mask[:2] = 1  # above the rows that are used
+    reference = Reference(torch.rand(70, 100, 3), mask=mask)
+    with pytest.raises(Flux2Error, match="leaves nothing"):
+        keep(reference, *plan([reference]))
+
+
+def test_a_region_on_the_grid_is_the_mean_of_each_patch():
+    region = torch.zeros(64, 64)
+    region[:, :24] = 1
+    assert torch.allclose(on_grid(region, (4, 4)), torch.tensor([1, 0.5, 0, 0]).expand(4, 4))
+    assert on_grid(region, (2, 8)).shape == (2, 8)
+
+
+def test_a_reference_acts_from_start_up_to_end():
+    steps = [i / 4 for i in range(4)]
+    assert [active(0.0, 1.0, s) for s in steps] == [True] * 4
+    assert [active(0.0, 0.5, s) for s in steps] == [True, True, False, False]
+    assert [active(0.5, 1.0, s) for s in steps] == [False, False, True, True]
+
+
+def test_pictures_for_a_batch_are_one_reference():
+    reference = Reference(torch.rand(3, 70, 100, 3))
+    (fit,) = plan([reference])
+    assert fit.seen == (100, 70)
+    out = pixels(reference, fit)
+    assert out.shape == (3, 3, 64, 96)
+    alone = Reference(reference.image[1])
+    assert torch.equal(out[1:2], pixels(alone, fit))

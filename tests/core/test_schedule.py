@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flux2_pack.flux2_core.errors import Flux2Error
-from flux2_pack.flux2_core.schedule import mu, shift, sigmas
+from flux2_pack.flux2_core.schedule import mu, share, shift, sigmas
 
 # (picture tokens, steps): mu, of the reference implementation; any count above the token limit
 MU = {
@@ -76,3 +76,13 @@ def test_falls_from_one_to_zero(width, height, steps):
 def test_no_steps():
     with pytest.raises(Flux2Error, match=r"at least one step. Seen: 0 steps"):
         sigmas(0, width=64, height=64)
+
+
+def test_share_of_a_run():
+    run = sigmas(4, width=512, height=512)
+    assert [share(run, s) for s in run[:-1].tolist()] == [0, 0.25, 0.5, 0.75]
+    between = [(a + b) / 2 for a, b in zip(run.tolist(), run[1:].tolist(), strict=False)]
+    assert [share(run, s) for s in between] == [0, 0.25, 0.5, 0.75]
+    assert share(run, 1.1) == 0
+    part = run[2:]  # a run that begins later counts its own steps
+    assert [share(part, s) for s in part[:-1].tolist()] == [0, 0.5]
