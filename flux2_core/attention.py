@@ -151,7 +151,7 @@ def _merge(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part]) -> Tensor:
     for part in parts:
         one, lse = attend_lse(q, _take(k, part.keys), _take(v, part.keys))
         w = part.weight
-        lse = lse + (w.to(lse).log() if isinstance(w, Tensor) else math.log(w))
+        lse = lse + (math.log(w) if isinstance(w, (int, float)) else w.to(lse).log())
         if out is None or total is None:
             out, total = one.float(), lse
         else:

@@ -348,23 +348,27 @@ class Flux2Transformer(nn.Module):
         """The references alone through all blocks: in the KV form they see nobody else, so text
         and picture may be empty. References that all pictures share run once."""
         references = [shared(r) for r in references]
-        batch = max(len(r) for r in references)
+        guidance = None if guidance is None else shared(guidance)
+        batch = max(map(len, references if guidance is None else (*references, guidance)))
         bound = x.new_empty(0, 0)
         alone = tuple(
             replace(c, active=c.seen, region=None if c.region is None else bound)
             for c in controls.references
         )
-        if guidance is not None:
-            guidance = guidance[:1].expand(batch)
-        blank = x.new_empty(batch, x.shape[1], 0, 0)
-        silence = x.new_empty(batch, 0, self.config.context_dim)
-        now = torch.zeros(batch, device=x.device)
-        cache = controls.cache
         only = replace(controls, references=alone, regions=(), isolate=False, cache=None)
-        s = self.embed(blank, now, silence, guidance, references, only)
-        s.memory = cache.record(key, len(self.double_blocks) + len(self.single_blocks))
-        self.blocks(s)
-        return s.memory
+        s = self.embed(
+            x.new_empty(batch, x.shape[1], 0, 0),
+            torch.zeros(batch, device=x.device),
+            x.new_empty(batch, 0, self.config.context_dim),
+            None if guidance is None else guidance.expand(batch),
+            references,
+            only,
+        )
+        assert controls.cache is not None
+        s.memory = controls.cache.record(key, len(self.double_blocks) + len(self.single_blocks))
+        kept = self.blocks(s).memory
+        assert isinstance(kept, Kept)
+        return kept
 
     def double(self, i: int, s: Stream) -> tuple[Tensor, Tensor]:
         return self.double_blocks[i](s.img, s.txt, s.img_mod, s.txt_mod, s.rope, s.attention(i))

@@ -419,3 +419,11 @@ def test_a_forward_that_fails_leaves_nothing_behind(model, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         model(**inputs(2), controls=Controls(True, cache=cache))
     assert cache.bytes == 0
+
+
+def test_pictures_of_different_guidance_have_caches_of_their_own(dev):
+    i, cache = inputs(2, batch=2, guidance=4.0), exact()
+    i["references"] = [r[:1] for r in i["references"]]
+    for _ in range(2):
+        kept = dev(**i, controls=Controls(True, cache=cache))
+        assert error(kept, dev(**i, controls=Controls(True))) < 1e-5  # seen 2e-6
