@@ -49,24 +49,24 @@ def test_all_ones_is_one_stock_call_bit_for_bit():
 
 def test_numbers():
     weights = [[1, 1, 0.5, 2], [1, 1, 0.5, 2], [1, 1, 1, 0], [0.25, 0, 3, 1]]
-    assert error(grid(weights)) < 5e-6  # seen 1.2e-6
+    assert error(grid(weights)) < 5e-6  # seen 1.4e-6
 
 
 def test_soft_edges():
     edge = torch.linspace(0, 1, LENGTHS[1])
     weights = [[1, 1, 0, 2], [1, 1, edge, edge.flip(0) * 3], [1, 1, 1, 0], [1, 1, 0, 1]]
-    assert error(grid(weights)) < 5e-6  # seen 1.3e-6
+    assert error(grid(weights)) < 5e-6  # seen 1.5e-6
 
 
 def test_soft_edges_in_bfloat16():
     edge = torch.linspace(0, 1, LENGTHS[1])
     weights = [[1, 1, 0, 2], [1, 1, edge, edge], [1, 1, 1, 0], [1, 1, 0, 1]]
-    assert error(grid(weights), dtype=torch.bfloat16) < 0.04  # seen 0.014; the plain call 0.014
+    assert error(grid(weights), dtype=torch.bfloat16) < 0.04  # seen 0.015
 
 
 def test_fewer_queries_than_keys():
     weights = [[1, 1, 0.5, 2], [1, 1, 1, 0]]
-    assert error(grid(weights), queries=LENGTHS[:2]) < 5e-6  # seen 9e-7
+    assert error(grid(weights), queries=LENGTHS[:2]) < 5e-6  # seen 1.6e-6
 
 
 def test_a_weight_that_all_keys_share_changes_nothing():
@@ -109,7 +109,7 @@ def test_log_sum_exp_of_this_device(dtype):
     out, lse = attend_lse(q, k, v)
     wanted, wanted_lse = explicit(*(x.double() for x in (q, k, v)))
     assert lse.dtype == torch.float32
-    limit = 1e-5 if dtype == torch.float32 else 2e-2  # seen 1e-6, 4e-3
+    limit = 1e-5 if dtype == torch.float32 else 2e-2  # seen 4.4e-7, 3.7e-3
     assert (lse - wanted_lse).abs().max() < limit
     assert (out - wanted).abs().max() < limit
 
