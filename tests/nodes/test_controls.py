@@ -454,6 +454,41 @@ def test_a_lora_is_other_weights(host, watched):
     assert len(begun) == 2 and begun[0] != begun[1]
 
 
+def test_a_prompt_with_weights_of_its_own(host):
+    """A LoRA hooked to the positive prompt alone: neither prompt takes the other's keys."""
+    import comfy.hooks
+    import comfy.sample
+    import comfy.samplers
+
+    model = kv_model()
+    hooks = comfy.hooks.create_hook_lora(toy.lora(toy.transformer(toy.KLEIN)), 1.0, 0.0)
+    options = {"reference_latents": toy.latents(4, (8, 6), (4, 8))}
+    positive, negative = (toy.conditioning(seed, **options) for seed in (1, 2))
+    positive = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
+
+    def drawn(model, positive):
+        noise = toy.latents(3, (8, 8))[0]
+        with torch.inference_mode():
+            return comfy.sample.sample_custom(
+                model,
+                noise,
+                4.0,
+                comfy.samplers.sampler_object("euler"),
+                torch.linspace(1, 0, 3),
+                positive,
+                negative,
+                torch.zeros_like(noise),
+                disable_pbar=True,
+                seed=1,
+            )
+
+    plain = drawn(model, positive)
+    made = cached(host, model)
+    assert toy.difference(drawn(made, positive), plain) < 1e-5  # observed 0
+    assert cache_of(made).statistics.misses == 2
+    assert toy.difference(drawn(model, toy.conditioning(1, **options)), plain) > 0.01
+
+
 def test_a_run_that_fails_leaves_nothing(host, watched):
     made = cached(host, kv_model())
 
