@@ -388,6 +388,18 @@ def test_caches_that_are_refused(host, models, foreign):
     )
 
 
+def test_our_sampler_and_guider_refuse_what_would_be_lost(host, models, foreign):
+    """On the host's own MODEL; on ours the same inputs draw."""
+    (latent,) = host.call("Flux2KitEmptyLatent", model=models[0], width=64, height=64)
+    steered, _ = applied(host, models[1], reference(host, strength=2.0))
+    for positive in (steered, region(host, toy.conditioning(1))):
+        inputs = {"positive": positive, "latent": latent, "negative": toy.conditioning(2)}
+        for node in ("Flux2KitSampler", "Flux2KitFlex"):
+            said = refusal(host.call, node, model=foreign, steps=1, **inputs)
+            assert said.startswith("This model cannot read the controls of FLUX.2 references")
+        host.call("Flux2KitSampler", model=models[0], steps=1, **inputs)
+
+
 @pytest.fixture
 def watched(monkeypatch):
     """What the cache is told during runs: ("begin", run, weights), ("clear",), in order."""
@@ -428,6 +440,16 @@ def test_what_the_user_gets(host):
     assert toy.difference(toy.sampled(made, steps=4), plain) < 1e-5  # observed 3.1e-6
     kept = toy.sampled(cached(host, model, store="fp8"), steps=4)
     assert 1e-5 < toy.difference(kept, plain) < 0.02  # observed 2.3e-3
+
+
+def test_nano_in_the_kv_form(host):
+    """Another form draws another picture; within it the cache changes nothing."""
+    (nano,) = host.call("Flux2KitModelLoader", model="nano (built in)")
+    plain = toy.sampled(nano, cfg=1.0)
+    form = toy.sampled(cached(host, nano, kv_form=True, mode="off"), cfg=1.0)
+    assert toy.difference(form, plain) > 0.01  # observed 1.6
+    exact = toy.sampled(cached(host, nano, kv_form=True), cfg=1.0)
+    assert toy.difference(exact, form) < 1e-5  # observed 0
 
 
 def test_keep_leaves_entries_for_the_next_run(host, watched):
