@@ -4,11 +4,11 @@ Sizes are numbers of tokens: `text` rows, `picture` positions (width * height / 
 reference the patches that stay. Nothing here runs the model but `calibrate`, briefly.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -288,18 +288,21 @@ def _jobs(model, length: int, attend, make: dict):
     yield (0.0, pairs, 0), lambda: attend(q, q, q)
 
 
-def _timed(job: Callable, device: torch.device, rounds: int = 3) -> float:
-    """Seconds, the median after one run for nothing."""
+def _timed(job: Callable, device: torch.device, least: float = 0.03) -> float:
+    """Seconds on average over `least` seconds or more, after one round for nothing: a share of the
+    machine that others take is a share that the forward will not have either."""
 
-    def once() -> float:
+    def took(rounds: int) -> float:
         begun = time.perf_counter()
-        job()
+        for _ in range(rounds):
+            job()
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - begun
 
-    once()
-    return median(once() for _ in range(rounds))
+    took(1)
+    rounds = min(20, max(2, math.ceil(least / max(1e-6, took(1)))))
+    return took(rounds) / rounds
 
 
 def _fit(samples: list[tuple[tuple[float, float, int], float]]) -> Clock:

@@ -42,7 +42,6 @@ def _inputs() -> list:
             default=0,
             min=0,
             max=200_000,
-            step=256,
             tooltip="The most tokens that references may take at once (1024 x 1024 pixels are "
             "4096): where they are more, they are shrunk by importance. 0 is no limit.",
         ),
@@ -52,6 +51,7 @@ def _inputs() -> list:
             min=0.0,
             max=1024.0,
             step=0.1,
+            round=0.01,
             tooltip="The most memory in GB that drawing may take beside the weights: references "
             "are shrunk by importance until it is enough. Needs the model. 0 is no limit.",
         ),

@@ -1,14 +1,15 @@
 """The plan beside the truth: predicted memory and time of a forward, and what it really took.
 
-    python3 dev.py bench plan [--json FILE] [--force] [--rounds 3]
+    python3 dev.py bench plan [--json FILE] [--force] [--rounds 3] [--device cuda]
 
 Memory: bytes of live tensors counted operation by operation, over 0 to 10 references, two sizes,
-two widths, batch 1 and 2. Time: after calibration in this process, over references of 128 to
-512 pixels a side.
+two widths, batch 1 and 2. Time: after calibration in this process, over 0 to 10 references of 128,
+256 and 512 pixels a side, and cached ones. On a GPU the widths are larger.
 """
 
 import argparse
 import importlib.util
+import time
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,11 +20,12 @@ import report
 
 from flux2_pack.flux2_core import positions
 from flux2_pack.flux2_core.configs import TransformerConfig
-from flux2_pack.flux2_core.estimate import activation_bytes, calibrate, flops
-from flux2_pack.flux2_core.transformer import Flux2Transformer
+from flux2_pack.flux2_core.estimate import activation_bytes, calibrate
+from flux2_pack.flux2_core.kv_cache import ReferenceCache
+from flux2_pack.flux2_core.transformer import Controls, Flux2Transformer
 
 MEMORY, TIME = 0.10, 0.20  # required: the largest error in memory, the median one in time
-WIDTHS, TEXT = (256, 512), 64
+WIDTHS, TEXT, SIDE = (256, 512), 64, 16
 
 
 def live_bytes():
@@ -67,26 +69,44 @@ def memory(out: report.Report) -> None:
         out.add(case, "largest error of the memory", max(errors), "", at_most=MEMORY)
 
 
+def grid(most: int) -> dict[str, tuple[list[int], bool]]:
+    """Case -> sides of the references in latent positions, and whether they are cached. `most`
+    tokens of references in all."""
+    cases = {"no reference": ([], False)}
+    for count in (1, 2, 4, 10):
+        for side in (s for s in (8, 16, 32) if count * s * s <= most):
+            cases[f"{count} of {16 * side}"] = [side] * count, False
+    return cases | {"1 of 256, cached": ([16], True), "4 of 256, cached": ([16] * 4, True)}
+
+
+def call(model, sides: list[int], cached: bool, dtype):
+    """The forward as a call without arguments. A cache is filled by the first one."""
+    cache = ReferenceCache("approximate", interval=2, guard=0) if cached else None
+    return partial(model, **inputs(1, SIDE, sides, dtype), controls=Controls(cache=cache))
+
+
 def seconds(out: report.Report, rounds: int) -> None:
-    for width, dtype in ((256, torch.float32), (1024, torch.bfloat16)):
+    cpu = ((256, torch.float32, 4096), (1024, torch.bfloat16, 2560))
+    gpu = ((1024, torch.bfloat16, 20_000), (3072, torch.bfloat16, 20_000))
+    for width, dtype, most in cpu if out.device == "cpu" else gpu:
         model = built(width, dtype, (2, 4))
+        begun = time.perf_counter()
         clock, errors = calibrate(model), []
+        out.add(f"width {width}", "calibration", time.perf_counter() - begun, "s")
         for name, rate in (("products", clock.product), ("attention", clock.attention)):
             out.add(f"width {width}", f"{name}, calibrated", 1e-9 / rate if rate else 0, "GFLOP/s")
-        cases = {
-            f"{n} references of {16 * s}": [s] * n for n in (0, 1, 2, 4, 10) for s in (8, 16, 32)
-        }
-        largest = 60e9 / max(1, flops(model.config, text=TEXT, picture=256).products)
-        cases = {k: v for k, v in cases.items() if sum(s * s for s in v) <= 320 * largest}
-        calls = {k: partial(model, **inputs(1, 16, v, dtype)) for k, v in cases.items()}
+        cases = grid(most)
+        calls = {name: call(model, *case, dtype) for name, case in cases.items()}
         times = out.interleaved(calls, rounds)
-        for name, sides in cases.items():
-            sizes = {"text": TEXT, "picture": 256, "references": [s**2 for s in sides]}
-            planned, took = clock.seconds(model.config, **sizes), median(times[name])
+        for name, (sides, cached) in cases.items():
+            sizes = {"text": TEXT, "picture": SIDE**2, "references": [s**2 for s in sides]}
+            planned = clock.seconds(model.config, **sizes, cached=cached)
+            took = median(times[name])
             errors.append(abs(planned / took - 1))
             case = f"width {width}, {name}"
             out.add(case, "planned", planned, "s", peer="measured", ratio=planned / took)
-        out.add(f"width {width}", "median error of the time", median(errors), "", at_most=TIME)
+        case = f"width {width}, {len(cases)} forwards"
+        out.add(case, "median error of the time", median(errors), "", at_most=TIME)
 
 
 @torch.inference_mode()
@@ -96,8 +116,10 @@ def main() -> None:
     )
     report.options(parser)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    out = report.Report("plan", options)
+    torch.set_default_device(options.device)
+    out = report.Report("plan", options, options.device)
     memory(out)
     seconds(out, options.rounds)
     out.finish()
