@@ -25,8 +25,10 @@ from .configs import (
 )
 from .errors import Flux2Error
 from .files import Checkpoint, open_checkpoint
+from .formats import Packed
 from .keymaps import AUTOENCODER, SPELLINGS, TRANSFORMER, to_bfl
-from .recognise import check_precision, stranger
+from .quantised import gather, install
+from .recognise import stranger
 from .text_encoder import TextEncoder, detect_text_encoder
 from .tokenizer import PromptTokenizer, find_tokenizer
 from .transformer import Flux2Transformer
@@ -114,6 +116,7 @@ def read_text_encoder(
     checkpoint = open_checkpoint(locate(path, kind), kind)
     names, config = _text_layout(checkpoint)
     state = checkpoint.load({n: stored for n, stored in names.items() if _is_read(n, config)})
+    state = gather(state, checkpoint.metadata, checkpoint.path.name)
     with torch.device("meta"):
         check_keys(state, TextEncoder(config).state_dict(), checkpoint.path.name)
     tekken = [name for name in checkpoint.tensors if name.endswith("tekken_model")]
@@ -139,7 +142,6 @@ def _text_layout(checkpoint: Checkpoint) -> tuple[dict[str, str], TextEncoderCon
     selected = _select(checkpoint, "text_encoder")
     names = {f"model.{name}": stored for name, stored in selected.items()}
     entries = {name: checkpoint.tensors[stored] for name, stored in names.items()}
-    check_precision(entries, checkpoint.path.name)
     return names, detect_text_encoder({name: entry.shape for name, entry in entries.items()})
 
 
@@ -266,11 +268,8 @@ def _custom(config: TransformerConfig) -> Variant:
 
 def _state(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
     """The weights of one network in a file that may hold several."""
-    names = _select(checkpoint, kind)
-    check_precision(
-        {name: checkpoint.tensors[stored] for name, stored in names.items()}, checkpoint.path.name
-    )
-    state = checkpoint.load(names)
+    state = checkpoint.load(_select(checkpoint, kind))
+    state = gather(state, checkpoint.metadata, checkpoint.path.name)
     return state if state.keys() >= DECODER_ALONE else to_bfl(state, RULES[kind])
 
 
@@ -292,7 +291,9 @@ def _fill(
 ) -> Network:
     with torch.device("meta"):
         model = network(config)
-    model.load_state_dict(_cast(state, dtype or usual_dtype(state)), assign=True)
+    dtype = dtype or usual_dtype(state)
+    plain = install(model, state, dtype)
+    model.load_state_dict(_cast(plain, dtype), assign=True, strict=len(plain) == len(state))
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -307,9 +308,11 @@ def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def usual_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype that most weights have; bf16 where that is FP8, which nothing computes in."""
-    sizes: dict[torch.dtype, int] = {}
+    """The dtype that most plain weights have; bf16 where there are none."""
+    sizes: dict[torch.dtype, int] = {torch.bfloat16: 0}
     for tensor in state.values():
+        if isinstance(tensor, Packed):
+            continue
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
     most = max(sizes, key=lambda dtype: sizes[dtype])
     return most if most in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16

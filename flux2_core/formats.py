@@ -25,7 +25,8 @@ E2M1_MAX = 6.0
 # Where a magnitude turns into the next code; halfway cases go to the even one.
 _UP_AFTER, _UP_FROM = (0.25, 1.25, 2.5, 5.0), (0.75, 1.75, 3.5)
 NVFP4_BLOCK, MXFP8_BLOCK = 16, 32
-E8M0_BIAS, E4M3_EXPONENT = 127, 8  # of a block's scale; of the largest e4m3 number
+E8M0_BIAS = 127
+CHUNK = 4096  # rows decoded at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,29 @@ class Packed:
     parts: Mapping[str, Tensor]
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """-> (out, in). Makes it anew at every call."""
-        return FORMATS[self.format].decode(self).to(dtype)
+        """-> (out, in), made anew at every call, some rows at a time: what is decoded in float32
+        never takes much more room than the result."""
+        if self.shape[0] <= CHUNK:
+            return FORMATS[self.format].decode(self).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype, device=self.parts["weight"].device)
+        for start in range(0, self.shape[0], CHUNK):
+            part = self.rows(start, min(start + CHUNK, self.shape[0]))
+            out[start : start + part.shape[0]] = FORMATS[self.format].decode(part)
+        return out
+
+    def rows(self, start: int, stop: int) -> "Packed":
+        """Rows of the matrix, `start` a multiple of 128; nothing is copied."""
+        high = self.shape[0]
+
+        def cut(part: Tensor) -> Tensor:
+            if part.ndim == 0 or part.numel() == 1:
+                return part
+            # containers of block scales hold tiles of 128 rows; all others a line for each row
+            return part[start : stop if part.shape[0] == high else -(-stop // 128) * 128]
+
+        return Packed(
+            self.format, (stop - start, self.shape[1]), {k: cut(v) for k, v in self.parts.items()}
+        )
 
     @property
     def bytes(self) -> int:

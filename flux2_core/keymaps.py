@@ -14,6 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .formats import Packed, stack
+
+Weight = Tensor | Packed
+
 
 class Rule(NamedTuple):
     bfl: str
@@ -119,7 +123,7 @@ FIELDS = {
 }
 
 
-def to_bfl(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:
+def to_bfl(state: Mapping[str, Weight], rules: Iterable[Rule]) -> dict[str, Weight]:
     """Rename and edit what the rules know; other names, BFL's own among them, stay as they are.
 
     Needs the whole network: q, k and v become one tensor, and a decoder is numbered from its end.
@@ -137,7 +141,7 @@ def to_bfl(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tens
             out[rule.bfl.format(**fields)] = _edit(rule.edit, tensor, to_conv=True)
     for name, thirds in parts.items():
         if len(thirds) == 3:
-            out[name] = torch.cat([state[thirds[part]] for part in "qkv"])
+            out[name] = _fuse([state[thirds[part]] for part in "qkv"])
         else:
             out.update((key, state[key]) for key in thirds.values())
     return out
@@ -159,9 +163,21 @@ def to_diffusers(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str
     return out
 
 
-def _edit(edit: str, tensor: Tensor, to_conv: bool) -> Tensor:
+def _fuse(thirds: list[Weight]) -> Weight:
+    """q, k, v below each other; where not all are quantised alike, as plain numbers."""
+    packed = [third for third in thirds if isinstance(third, Packed)]
+    if len(packed) == 3 and len({third.format for third in packed}) == 1:
+        return stack(packed)
+    return torch.cat([t.decode(torch.bfloat16) if isinstance(t, Packed) else t for t in thirds])
+
+
+def _edit(edit: str, tensor: Weight, to_conv: bool) -> Weight:
     """`swap`: the halves along rows change places. `conv`: a linear layer's weight <-> a 1 x 1
     convolution's; a bias is both."""
+    if edit and isinstance(tensor, Packed):
+        tensor = tensor.decode(torch.bfloat16)
+    if isinstance(tensor, Packed):
+        return tensor
     if edit == "swap":
         return torch.cat(tensor.chunk(2)[::-1])
     if edit == "conv" and tensor.ndim > 1:

@@ -1,10 +1,9 @@
-"""What a file is when it is not what was asked for, told from the names and formats of its tensors."""
+"""What a file is when it is not what was asked for, told from the names of its tensors."""
 
 import re
 from collections.abc import Mapping
 
 from .errors import Flux2Error
-from .files import Entry
 
 # What was asked for: in plain words, and where such files usually lie.
 KINDS = {
@@ -43,9 +42,6 @@ STRANGERS = (
     (r"layers\.0\.mlp\.gate_proj", "a text encoder"),
 )
 
-FP8 = {"F8_E4M3", "F8_E5M2"}
-SCALES = (".weight_scale", ".weight_scale_inv", ".scale_weight", ".comfy_quant", "scaled_fp8")
-
 
 def stranger(names: Mapping[str, object], kind: str, file: str) -> Flux2Error:
     """The error for a file in which nothing of `kind` was found."""
@@ -59,26 +55,3 @@ def stranger(names: Mapping[str, object], kind: str, file: str) -> Flux2Error:
         f"{len(names)} tensors, {first[:80]} the first",
         f"Choose {where}",
     )
-
-
-def check_precision(tensors: Mapping[str, Entry], file: str) -> None:
-    """Raise for a quantised network. FP8 without scales passes: it is a plain cast of the weights."""
-    if found := precision(tensors):
-        raise Flux2Error(
-            f"{file} is quantised, in a form that is not read yet",
-            found,
-            "Choose the same model in bf16, fp16 or fp32",
-        )
-
-
-def precision(tensors: Mapping[str, Entry]) -> str:
-    """How a network's weights are quantised, in words; "" if they are plain numbers."""
-    weights = {entry.dtype for name, entry in tensors.items() if name.endswith(".weight")}
-    if "U8" in weights:
-        return "4 bit (bitsandbytes)" if any(".quant_map" in name for name in tensors) else "NVFP4"
-    if "I8" in weights:
-        return "INT8"
-    if weights & FP8 and any(name.endswith(SCALES) for name in tensors):
-        blocks = {entry.dtype for name, entry in tensors.items() if name.endswith(".weight_scale")}
-        return "MXFP8" if blocks & {"U8", "F8_E8M0"} else "FP8 with scales"
-    return ""

@@ -182,15 +182,6 @@ def test_statistics_stay_float32(tmp_path, vae):
     assert torch.equal(loaded.bn.running_var, vae.bn.running_var)
 
 
-def test_plain_fp8_is_read_as_bf16(tmp_path, model):
-    state = {
-        key: tensor.to(torch.float8_e4m3fn) if tensor.ndim > 1 else tensor
-        for key, tensor in model.state_dict().items()
-    }
-    loaded = load_transformer(save(tmp_path, state)).state_dict()
-    assert same(loaded, {key: tensor.bfloat16() for key, tensor in state.items()})
-
-
 def test_a_file_of_several_dtypes_gets_the_most_common(tmp_path, model):
     state = {
         key: tensor.bfloat16() if tensor.ndim > 1 else tensor

@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from flux2_pack.flux2_core.checkpoint import load_text_encoder, load_transformer, read_text_encoder
 from flux2_pack.flux2_core.configs import NANO_TEXT
 from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.formats import encode
 from flux2_pack.flux2_core.nano.vocabulary import tokenizer_json
+from flux2_pack.flux2_core.quantised import QuantLinear
 from flux2_pack.flux2_core.text_encoder import TextEncoder
 
 PREFIXES = [
@@ -158,11 +160,11 @@ def test_of_the_wrong_width(tmp_path, encoder):
 def test_a_quantised_one(tmp_path, encoder):
     state = encoder.state_dict()
     name = "model.layers.0.mlp.up_proj"
-    state[f"{name}.weight"] = state[f"{name}.weight"].to(torch.float8_e4m3fn)
-    state[f"{name}.weight_scale"] = torch.ones(())
-    assert "quantised, in a form that is not read yet. Seen: FP8 with scales" in refusal(
-        save(tmp_path, state)
-    )
+    packed = encode(state[f"{name}.weight"].float(), "float8_e4m3fn")
+    state |= {f"{name}.{part}": tensor for part, tensor in packed.parts.items()}
+    loaded = load_text_encoder(save(tmp_path, state, tokenizer_json=tokenizer_json()))
+    assert isinstance(loaded.get_submodule(name), QuantLinear)
+    assert torch.equal(loaded.get_submodule(name).packed.decode(), packed.decode())
 
 
 def test_as_a_transformer(tmp_path, encoder):

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from flux2_pack.flux2_core.checkpoint import load_autoencoder, load_transformer
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.files import MAX_HEADER, Entry, open_checkpoint, read_header
-from flux2_pack.flux2_core.recognise import precision
 
 
 def good(folder, names=("a", "b"), name="model.safetensors"):
@@ -273,43 +272,3 @@ def test_strangers_as_vae(tmp_path, names, what):
 def test_another_model_s_vae(tmp_path):
     names = ["encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"]
     assert "This is not a FLUX.2 VAE" in refusal(good(tmp_path, names), load_autoencoder)
-
-
-# --- quantised files ---
-
-Q = "double_blocks.0.img_attn.qkv"
-QUANTISED = {
-    "FP8 with scales": {f"{Q}.weight": "F8_E4M3", f"{Q}.weight_scale": "F32"},
-    "FP8 with scales ": {f"{Q}.weight": "F8_E5M2", "scaled_fp8": "F8_E5M2"},
-    "FP8 with scales  ": {f"{Q}.weight": "F8_E4M3", f"{Q}.comfy_quant": "U8"},
-    "MXFP8": {f"{Q}.weight": "F8_E4M3", f"{Q}.weight_scale": "U8"},
-    "NVFP4": {f"{Q}.weight": "U8", f"{Q}.weight_scale": "F8_E4M3"},
-    "INT8": {f"{Q}.weight": "I8", f"{Q}.weight_scale": "F32"},
-    "4 bit (bitsandbytes)": {f"{Q}.weight": "U8", f"{Q}.weight.quant_map": "F32"},
-    "": {f"{Q}.weight": "F8_E4M3", "img_in.weight": "BF16"},
-    " ": {f"{Q}.weight": "BF16", "single_blocks.0.norm.key_norm.scale": "F32"},
-    "  ": {f"{Q}.weight": "BF16", f"{Q}.weight_scale": "F32"},
-}
-
-
-@pytest.mark.parametrize("wanted", QUANTISED)
-def test_precision(wanted):
-    tensors = {name: Entry(dtype, (1,)) for name, dtype in QUANTISED[wanted].items()}
-    assert precision(tensors) == wanted.strip()
-
-
-def test_quantised_files_are_refused(tmp_path):
-    path = tmp_path / "model.safetensors"
-    mark = "double_stream_modulation_img.lin.weight"
-    codes = torch.ones(2, 2).to(torch.float8_e4m3fn)
-    save_file(
-        {
-            f"model.{mark}": torch.ones(2),
-            f"model.{Q}.weight": codes,
-            f"model.{Q}.weight_scale": torch.ones(1),
-        },
-        path,
-    )
-    text = refusal(path)
-    assert "is quantised, in a form that is not read yet. Seen: FP8 with scales." in text
-    assert "bf16, fp16 or fp32" in text
