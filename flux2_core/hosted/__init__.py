@@ -70,3 +70,36 @@ Result: `data` (the bytes as they came), `format` ("png", "jpeg", "webp"), `widt
     save(path) -> Path: writes `data` untouched, with the format's suffix, and the manifest beside
     it as .json.
 """
+
+from .client import Client
+from .endpoints import ENDPOINTS, TABLE_DATE, Endpoint, Range
+from .money import Price, Spending, estimate, in_cents
+from .outcomes import CODES, HostedError
+from .pace import Timing
+from .request import Request, Upload, make_request
+from .result import Result
+from .settings import REGIONS, Settings, read_settings
+from .turns import Turns
+
+__all__ = [
+    "CODES",
+    "ENDPOINTS",
+    "REGIONS",
+    "TABLE_DATE",
+    "Client",
+    "Endpoint",
+    "HostedError",
+    "Price",
+    "Range",
+    "Request",
+    "Result",
+    "Settings",
+    "Spending",
+    "Timing",
+    "Turns",
+    "Upload",
+    "estimate",
+    "in_cents",
+    "make_request",
+    "read_settings",
+]
