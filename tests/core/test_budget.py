@@ -35,6 +35,13 @@ def test_equals_shrink_alike_and_it_is_said():
     )
 
 
+def test_own_megapixels_stay_a_limit():
+    chain = (blank(1024, 1024, megapixels=0.1), blank(1024, 1024))
+    fitted, said = fit(chain, 4000)
+    assert counts(fitted) == [361, 3600] and len(said) == 1
+    assert fitted[0] is chain[0]
+
+
 def test_importance():
     chain = (blank(1024, 1024, importance=3), blank(1024, 1024))
     large, small = counts(fit(chain, 3000)[0])
@@ -97,7 +104,7 @@ def test_masked_patches_do_not_count():
 
 def test_a_mask_is_not_shrunk_to_nothing():
     mask = torch.zeros(1024, 1024)
-    mask[500:530, 500:530] = 1
+    mask[509:518, 509:518] = 1  # at 64 x 64 no pixel of it is left
     speck, whole = fit([blank(1024, 1024, mask=mask), blank(1024, 1024)], 50)[0]
     assert sum(counts((speck, whole))) <= 50 and counts((speck, whole))[0] >= 1
 

@@ -90,6 +90,22 @@ def test_memory_of_a_run_with_a_cache(mode, store, batch):
     assert max(map(abs, errors)) < 0.1, errors
 
 
+@pytest.mark.parametrize("store", ["model", "fp8"])
+def test_memory_of_a_cached_step(store):
+    """Beside many references, and few rows of its own, attention is the peak. Observed 0."""
+    network = model(kv_references=True)
+    arguments, sizes = inputs(1, (4, 4), 10)
+    cache = ReferenceCache("exact", store=store)
+    run = partial(network, **arguments, controls=Controls(cache=cache))
+    run()
+    positions.rope_table.cache_clear()
+    counted = live_bytes.peak_bytes(run)
+    planned = estimate.activation_bytes(
+        network.config, **sizes, cached=True, decoded=int(store == "fp8")
+    )
+    assert planned == pytest.approx(counted, rel=0.1)
+
+
 @pytest.mark.parametrize("kv", [False, True])
 @pytest.mark.parametrize("references", [0, 3])
 @pytest.mark.parametrize("guidance", [False, True])
