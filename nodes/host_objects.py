@@ -16,6 +16,7 @@ import torch
 from ..flux2_core.autoencoder import AutoEncoder
 from ..flux2_core.checkpoint import choose_variant, locate, read_state_dict
 from ..flux2_core.configs import TransformerConfig, Variant
+from . import host_quant
 from .host_model import Config, Model
 
 
@@ -63,14 +64,16 @@ def build_model(
     }
     kinds = described.supported_inference_dtypes
     dtype = dtype or memory.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(state),
+        model_params=host_quant.count(state),
         supported_dtypes=kinds,
-        weight_dtype=comfy.utils.weight_dtype(state),
+        weight_dtype=comfy.utils.weight_dtype(host_quant.plain(state)),
     )
     described.set_inference_dtype(
         dtype, memory.unet_manual_cast(dtype, devices["load_device"], kinds)
     )
     model = Model(config, described, variant)
+    network = model.diffusion_model
+    state = host_quant.install(network, state, network.dtype or torch.bfloat16)
     if not memory.is_device_cpu(devices["offload_device"]):
         model.to(devices["offload_device"])
     patcher = patch(model, **devices, reload=reload, disable_dynamic=disable_dynamic)

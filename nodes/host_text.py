@@ -14,6 +14,7 @@ from ..flux2_core.checkpoint import read_text_encoder
 from ..flux2_core.configs import TextEncoderConfig
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.tokenizer import PromptTokenizer
+from . import host_quant
 from .host_objects import fill
 
 KEY = "flux2kit"  # our entry in the host's dictionary of tokens
@@ -96,6 +97,7 @@ def build_clip(
     clip.tokenizer_options, clip.layer_idx = {}, None
     clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
     named = {f"flux2.{name}": tensor for name, tensor in state.items()}
+    named = host_quant.install(clip.cond_stage_model, named, dtype)
     devices = {"load_device": device, "offload_device": memory.text_encoder_offload_device()}
     fill(
         clip,
@@ -113,8 +115,8 @@ def build_clip(
 def _dtype(state: dict, device) -> torch.dtype:
     """What most weights have, but on a CPU float32, which is exact and there fastest, as long as
     it takes little memory."""
-    most = comfy.utils.weight_dtype(state)
-    if memory.is_device_cpu(device) and comfy.utils.calculate_parameters(state) < 1e9:
+    most = comfy.utils.weight_dtype(host_quant.plain(state))
+    if memory.is_device_cpu(device) and host_quant.count(state) < 1e9:
         return torch.float32
     return most if most in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
 

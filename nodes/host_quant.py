@@ -1,0 +1,131 @@
+"""Quantised layers as the host moves, offloads and patches them.
+
+A weight stays in the file's codes, in memory and on the way to the device, and is decoded at each
+use. The host's LoRAs are computed on decoded weights, never on codes: at use where the layer is
+offloaded; where it is loaded whole, the patched weight stands in for the codes as plain numbers
+until the patch is taken off.
+"""
+
+from collections.abc import Mapping
+
+import comfy.model_management as memory
+import comfy.ops
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..flux2_core.formats import Packed
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
+    """y = x W'. `weight` holds codes (or, while patched, numbers); scales are buffers beside it."""
+
+    bias = None
+
+    def __init__(self, packed: Packed, dtype: torch.dtype):
+        super().__init__()
+        self.format, self.shape, self.dtype = packed.format, packed.shape, dtype
+        self.beside = tuple(name for name in packed.parts if name != "weight")
+        empty = {k: torch.empty_like(v, device="meta") for k, v in packed.parts.items()}
+        self.weight = nn.Parameter(empty.pop("weight"), requires_grad=False)
+        for name, part in empty.items():
+            self.register_buffer(name, part)
+        self._decoded = False
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *_):
+        """Takes the tensors as they are: codes and scales are never cast."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for name in ("weight", *self.beside):
+            part = state_dict.get(prefix + name)
+            if part is None:
+                missing.append(prefix + name)
+                continue
+            part = part if assign else part.clone()
+            if name == "weight":
+                self.weight = nn.Parameter(part, requires_grad=False)
+            else:
+                self._buffers[name] = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        comfy.ops.run_every_op()
+        weight = self.convert_weight(self._on(self.weight, x.device)).to(x.dtype)
+        self._decoded = True  # older hosts' patches convert what they are given
+        try:
+            for change in self._changes():
+                weight = change(weight)
+        finally:
+            self._decoded = False
+        return F.linear(x, weight.to(x.dtype))
+
+    def _changes(self) -> list:
+        """What the host wants done to an offloaded weight."""
+        lazy = getattr(self, "weight_lowvram_function", None)
+        return [*self.weight_function, *([lazy] if lazy is not None else ())]
+
+    def _on(self, part: Tensor, device) -> Tensor:
+        return memory.cast_to(
+            part, None, device, non_blocking=memory.device_supports_non_blocking(device)
+        )
+
+    def convert_weight(self, weight: Tensor, inplace: bool = False) -> Tensor:
+        """Codes, or codes that the host has cast to numbers, -> the matrix they stand for."""
+        if self._decoded or self._patched:
+            return weight
+        codes = weight if weight.dtype == self.weight.dtype else weight.to(self.weight.dtype)
+        parts = {name: self._on(self._buffers[name], weight.device) for name in self.beside}
+        return Packed(self.format, self.shape, {"weight": codes, **parts}).decode(
+            weight.dtype if weight.dtype in PLAIN else self.dtype
+        )
+
+    @property
+    def _patched(self) -> bool:
+        return self.weight.dtype in PLAIN
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kw):
+        """A patched matrix takes the place of the codes; the host keeps those and puts them back."""
+        if return_weight:
+            return weight
+        self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+
+    def _apply(self, fn, recurse: bool = True):
+        """Moves between devices; a cast of the network does not reach codes and scales."""
+
+        def move(part: Tensor) -> Tensor:
+            moved = fn(part)
+            return moved if moved.dtype == part.dtype else part.to(moved.device)
+
+        self.weight = nn.Parameter(move(self.weight.data), requires_grad=False)
+        for name in self.beside:
+            self._buffers[name] = move(self._buffers[name])
+        return self
+
+
+def install(network: nn.Module, state: Mapping, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Give a network quantised layers where `state` has packed weights -> a state dict of plain
+    tensors, codes and scales. What is no linear layer is decoded, in `dtype`."""
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        layer = name.rpartition(".")[0]
+        if not isinstance(value, Packed):
+            out[name] = value
+        elif isinstance(network.get_submodule(layer), nn.Linear):
+            network.set_submodule(layer, QuantLinear(value, dtype))
+            out |= {f"{layer}.{part}": tensor for part, tensor in value.parts.items()}
+        else:
+            out[name] = value.decode(dtype)
+    return out
+
+
+def plain(state: Mapping) -> dict[str, Tensor]:
+    """The weights that are plain numbers."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def count(state: Mapping) -> int:
+    """Parameters of a network, however they are stored."""
+    return sum(
+        value.shape[0] * value.shape[1] if isinstance(value, Packed) else value.numel()
+        for value in state.values()
+    )

@@ -1,0 +1,115 @@
+"""Quantised weights inside the host: drawn, patched, offloaded, restored."""
+
+import pytest
+import torch
+
+from flux2_pack.flux2_core.formats import Packed, encode
+from flux2_pack.tests.nodes import toy
+
+pytestmark = pytest.mark.host
+FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4", "mxfp8")
+BLOCKS = (
+    "qkv.weight",
+    "proj.weight",
+    "mlp.0.weight",
+    "mlp.2.weight",
+    "linear1.weight",
+    "linear2.weight",
+)
+
+
+def quantised(state, form):
+    return {k: encode(v, form) if k.endswith(BLOCKS) else v for k, v in state.items()}
+
+
+def plain(state):
+    return {k: v.decode() if isinstance(v, Packed) else v for k, v in state.items()}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def pair(request, host):
+    """(our MODEL of plain weights, ours of the quantised weights that stand for the same)."""
+    state = quantised(toy.transformer(toy.KLEIN, 1), request.param)
+    return toy.ours(toy.KLEIN, plain(state)), toy.ours(toy.KLEIN, state)
+
+
+def codes(model):
+    return {k: v.clone() for k, v in model.model.diffusion_model.state_dict().items()}
+
+
+def same_bytes(a, b):
+    return torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+def with_lora(model, strength=1.0):
+    import comfy.sd
+
+    lora = toy.lora(toy.transformer(toy.KLEIN, 1))
+    return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+
+
+def free():
+    import comfy.model_management as memory
+
+    memory.unload_all_models()
+
+
+def test_the_same_picture(pair):
+    whole, packed = (toy.sampled(model) for model in pair)
+    assert toy.difference(packed, whole) < 1e-5  # observed 0
+
+
+def test_the_hosts_lora_is_never_added_onto_codes(pair):
+    """Loaded whole: the patched layers stand in as numbers, and the codes come back after."""
+    before = codes(pair[1])
+    whole, packed = (toy.sampled(with_lora(model)) for model in pair)
+    assert toy.difference(packed, whole) < 1e-4  # observed 0
+    assert toy.difference(packed, toy.sampled(pair[1])) > 0.05
+    free()
+    after = codes(pair[1])
+    assert after.keys() == before.keys()
+    assert all(a.dtype == before[k].dtype and same_bytes(a, before[k]) for k, a in after.items())
+
+
+def test_offloaded_layers_are_patched_at_use(pair, monkeypatch):
+    """With room for a part of the weights only."""
+    import comfy.model_patcher as patcher
+
+    free()
+    seen = []
+    stock = patcher.LowVramPatch.__call__
+    spy = lambda self, weight: seen.append(self.key) or stock(self, weight)  # noqa: E731
+    monkeypatch.setattr(patcher.LowVramPatch, "__call__", spy)
+    model = with_lora(pair[1])
+    model.load(model.load_device, lowvram_model_memory=1)
+    with torch.inference_mode():
+        kwargs = {"transformer_options": {}, "guidance": None}
+        x, context = toy.latents(3, (8, 8))[0], torch.randn(1, 32, 384)
+        net = model.model.diffusion_model
+        offloaded = net(x, torch.ones(1), context, **kwargs)
+        assert {key.rsplit(".", 2)[-2] for key in seen} >= {"qkv", "linear1"}
+        model.detach()
+        other = with_lora(pair[0])
+        other.load(other.load_device, full_load=True)
+        wanted = other.model.diffusion_model(x, torch.ones(1), context, **kwargs)
+        other.detach()
+    assert toy.difference(offloaded, wanted) < 1e-4  # observed 0
+
+
+def test_what_is_held_is_what_the_file_holds(pair):
+    form = pair[1].model.diffusion_model.single_blocks[0].linear1.format
+    share = pair[1].model_size() / pair[0].model_size()
+    assert share < (0.45 if form == "nvfp4" else 0.55)  # the rest stays in float32
+
+
+def test_gguf(host):
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    state = toy.transformer(toy.KLEIN, 1)
+    for name in [name for name in state if name.endswith(BLOCKS)]:
+        rows = gguf.quants.quantize(state[name].numpy(), gguf.GGMLQuantizationType.Q8_0)
+        shape = tuple(state[name].shape)
+        state[name] = Packed("gguf Q8_0", shape, {"weight": torch.from_numpy(rows)})
+    whole, packed = toy.ours(toy.KLEIN, plain(state)), toy.ours(toy.KLEIN, state)
+    assert toy.difference(toy.sampled(packed), toy.sampled(whole)) < 1e-5  # observed 0
+    ours, theirs = (toy.sampled(with_lora(model)) for model in (packed, whole))
+    assert toy.difference(ours, theirs) < 1e-4  # observed 0
