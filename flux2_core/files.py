@@ -1,4 +1,4 @@
-"""Weight files: safetensors, one or in shards, found in a folder, checked, and read lazily.
+"""Weight files: safetensors, one or in shards, or GGUF, found in a folder, checked, read lazily.
 
 A file is untrusted: its header is checked here, in full and within bounds, before anything else
 reads it. Tensors are mapped from the file and take no memory until they are used.
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import files_gguf
 from .errors import Flux2Error
+from .formats import Packed
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -24,9 +26,10 @@ BITS = {
     "F8_E8M0": 8, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "F32": 32, "I32": 32, "U32": 32,
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
 }  # fmt: skip
+GGUF = ".gguf"
 AGAIN = "Download it again, and compare its size with the one on the download page"
 OTHERS = (  # first bytes of what is often named .safetensors and is not
-    (b"GGUF", "a GGUF file", "GGUF is not read yet: choose a bf16 or fp16 .safetensors file"),
+    (b"GGUF", "a GGUF file", "Give it the ending .gguf"),
     (b"PK\x03\x04", "a pickle file, which can run programs", "Choose a .safetensors file"),
     (b"\x80\x02", "a pickle file, which can run programs", "Choose a .safetensors file"),
     (
@@ -62,15 +65,18 @@ class Checkpoint:
     metadata: Mapping[str, str]
     files: Mapping[str, Path]  # tensor name -> the file it is in
 
-    def load(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """{name wanted: name in the file} -> tensors on the CPU that share the file's pages."""
+    def load(self, names: Mapping[str, str]) -> dict[str, Tensor | Packed]:
+        """{name wanted: name in the file} -> tensors on the CPU that share the file's pages; of a
+        GGUF file, its quantised matrices as they are."""
         out = {}
         for path in dict.fromkeys(self.files[stored] for stored in names.values()):
             out |= _load(path, {name: s for name, s in names.items() if self.files[s] == path})
         return out
 
 
-def _load(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+def _load(path: Path, names: Mapping[str, str]) -> Mapping[str, Tensor | Packed]:
+    if path.suffix == GGUF:
+        return files_gguf.load(path, names)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(stored) for name, stored in names.items()}
@@ -118,8 +124,20 @@ def open_checkpoint(path: str | Path, part: str = "") -> Checkpoint:
         path = _in_folder(path / part if part and (path / part).is_dir() else path)
     if path.suffix == ".json":
         return _open_shards(path)
-    header = read_header(path)
+    header = read_gguf(path) if path.suffix == GGUF else read_header(path)
     return Checkpoint(path, header.tensors, header.metadata, dict.fromkeys(header.tensors, path))
+
+
+def read_gguf(path: Path) -> Header:
+    """As `read_header`, for a GGUF file: dtypes are called GGUF Q8_0 and so on."""
+    if not path.is_file():
+        raise Flux2Error("There is no such file", str(path), "Choose one that exists")
+    found, metadata = files_gguf.read(path)
+    entries = {
+        name: Entry(f"GGUF {tensor.tensor_type.name}", files_gguf.shape_of(tensor))
+        for name, tensor in found.items()
+    }
+    return Header(entries, metadata)
 
 
 def _in_folder(folder: Path) -> Path:

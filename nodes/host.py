@@ -12,16 +12,20 @@ import folder_paths
 from ..flux2_core.checkpoint import choose_variant
 from ..flux2_core.configs import TransformerConfig, Variant
 from ..flux2_core.errors import Flux2Error
+from ..flux2_core.files import GGUF
 from ..flux2_core.transformer import encoder_for
 
 NANO = "nano (built in)"
 
 
 def files(folder: str) -> list[str]:
-    """The safetensors files of one of the host's model folders."""
-    return [
-        name for name in folder_paths.get_filename_list(folder) if name.endswith(".safetensors")
-    ]
+    """The safetensors files of one of the host's model folders; GGUF files too where it has models,
+    which the host's own list leaves out."""
+    names = [n for n in folder_paths.get_filename_list(folder) if n.endswith(".safetensors")]
+    if folder == "diffusion_models":
+        found = (folder_paths.recursive_search(p)[0] for p in folder_paths.get_folder_paths(folder))
+        names += sorted({name for some in found for name in some if name.endswith(GGUF)})
+    return names
 
 
 def path_of(folder: str, name: str) -> str:

@@ -216,3 +216,64 @@ def test_weights_stay_as_small_as_the_file(tmp_path, plain):
     model = load_transformer(save(tmp_path, state))
     held = sum(model.get_submodule(n.removesuffix(".weight")).packed.bytes for n in packed)
     assert held < 0.6 * sum(plain[n].numel() for n in packed)
+
+
+def write_gguf(folder, plain, kind, encode_as=None):
+    """As the community's files: BFL names, blocks quantised, norms float32, the rest bf16."""
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    writer = gguf.GGUFWriter(folder / "model.gguf", "flux")
+    wanted = {}
+    for name, tensor in plain.items():
+        form = kind if name.endswith(BLOCKS) else "F32" if tensor.ndim == 1 else "BF16"
+        form = gguf.GGMLQuantizationType[form]
+        codes = gguf.quants.quantize(tensor.float().numpy(), form)
+        wanted[name] = torch.from_numpy(gguf.quants.dequantize(codes, form))
+        writer.add_tensor(name, codes, raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "model.gguf", wanted
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q5_0", "Q4_0", "BF16", "F32"])
+def test_gguf_files(tmp_path, plain, kind):
+    path, wanted = write_gguf(tmp_path, plain, kind)
+    model = load_transformer(path, dtype=torch.bfloat16)
+    assert model.config == KLEIN
+    other = load_transformer(save(tmp_path, {k: v.bfloat16() for k, v in wanted.items()}))
+    for name in (n for n in wanted if n.endswith(BLOCKS)):
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        got = layer.packed.decode() if isinstance(layer, QuantLinear) else layer.weight.float()
+        exact = wanted[name] if isinstance(layer, QuantLinear) else wanted[name].bfloat16().float()
+        assert torch.equal(got, exact)
+    i = {k: v.bfloat16() if k in ("x", "context") else v for k, v in inputs(1).items()}
+    assert torch.equal(model(**i), other(**i))
+
+
+def test_a_gguf_of_another_kind_is_refused(tmp_path, plain):
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "flux")
+    codes = torch.zeros(4, 84, dtype=torch.uint8).numpy()
+    writer.add_tensor("img_in.weight", codes, raw_dtype=gguf.GGMLQuantizationType.Q2_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(Flux2Error, match="Q2_K"):
+        load_transformer(tmp_path / "a.gguf")
+
+
+def test_damaged_gguf_files_are_refused(tmp_path, plain):
+    """Cut off, or with any byte of the beginning changed: a sentence, or the same weights."""
+    small = {k: v for k, v in plain.items() if k.startswith(("img_in", "txt_in"))}
+    path, _ = write_gguf(tmp_path, small, "Q8_0")
+    whole = path.read_bytes()
+    for size in (0, 3, 20, 100, len(whole) // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(Flux2Error):
+            load_transformer(path)
+    for at in range(0, 200, 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        with pytest.raises(Flux2Error):
+            load_transformer(path)

@@ -113,3 +113,55 @@ def test_gguf(host):
     assert toy.difference(toy.sampled(packed), toy.sampled(whole)) < 1e-5  # observed 0
     ours, theirs = (toy.sampled(with_lora(model)) for model in (packed, whole))
     assert toy.difference(ours, theirs) < 1e-4  # observed 0
+
+
+def test_the_loader_lists_and_loads_files_of_every_kind(host):
+    """As files in models/diffusion_models, GGUF among them, through the node and a sampler."""
+    from safetensors.torch import save_file
+
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    state = toy.transformer(toy.KLEIN, 1)
+    folder = host.models("diffusion_models")
+    packed = quantised(state, "float8_e4m3fn")
+    flat = {k: v for k, v in state.items() if not isinstance(packed[k], Packed)}
+    for name, value in packed.items():
+        if isinstance(value, Packed):
+            layer = name.removesuffix("weight")
+            flat |= {layer + part: tensor for part, tensor in value.parts.items()}
+    save_file({k: v.contiguous() for k, v in flat.items()}, folder / "toy-klein-fp8.safetensors")
+    writer = gguf.GGUFWriter(folder / "toy-klein-Q8_0.gguf", "flux")
+    for name, tensor in state.items():
+        form = gguf.GGMLQuantizationType["Q8_0" if name.endswith(BLOCKS) else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), form), raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_file(state, folder / "toy-klein-whole.safetensors")
+    toy.add_nodes(host)
+
+    def drawn(file):
+        return host.run(
+            {
+                "model": toy.node("Flux2KitModelLoader", model=file, variant="auto"),
+                "prompt": toy.node("ToyPrompt", number=1),
+                "empty": toy.node("EmptyFlux2LatentImage", width=128, height=128, batch_size=1),
+                "sample": toy.node(
+                    "Flux2KitSampler",
+                    model=["model", 0],
+                    positive=["prompt", 0],
+                    latent=["empty", 0],
+                    steps=2,
+                    guidance=1.0,
+                    seed=1,
+                    denoise=1.0,
+                ),
+            },
+            {"latent": ("sample", 0)},
+        ).kept["latent"]["samples"]
+
+    whole = drawn("toy-klein-whole.safetensors")
+    observed = {"toy-klein-fp8.safetensors": 0.017, "toy-klein-Q8_0.gguf": 0.0038}
+    for file, seen in observed.items():
+        error = ((drawn(file) - whole).norm() / whole.norm()).item()
+        assert 0 < error < 2 * seen
