@@ -49,7 +49,7 @@ PINS = {
     """,
     "test": """
         pytest==9.2.0 ruff==0.17.6 pyright==1.1.414 playwright==1.65.2 diffusers==0.38.0
-        kornia==0.9.0 spandrel==0.4.2
+        kornia==0.9.0 spandrel==0.4.2 gguf==0.19.0
     """,
     # what ComfyUI 0.33 needs besides; torchaudio only for its pure Python part
     "newer host": "comfy-kitchen==0.2.31 comfy-aimdo==0.4.13 filelock==4.2.12",

@@ -27,7 +27,7 @@ from .errors import Flux2Error
 from .files import Checkpoint, open_checkpoint
 from .formats import Packed
 from .keymaps import AUTOENCODER, SPELLINGS, TRANSFORMER, to_bfl
-from .quantised import gather, install
+from .quantised import check_names, gather, install
 from .recognise import stranger
 from .text_encoder import TextEncoder, detect_text_encoder
 from .tokenizer import PromptTokenizer, find_tokenizer
@@ -142,6 +142,7 @@ def _text_layout(checkpoint: Checkpoint) -> tuple[dict[str, str], TextEncoderCon
     selected = _select(checkpoint, "text_encoder")
     names = {f"model.{name}": stored for name, stored in selected.items()}
     entries = {name: checkpoint.tensors[stored] for name, stored in names.items()}
+    check_names({name: entry.dtype for name, entry in entries.items()}, checkpoint.path.name)
     return names, detect_text_encoder({name: entry.shape for name, entry in entries.items()})
 
 

@@ -28,13 +28,7 @@ def gather(state: State, metadata: Mapping[str, str], file: str) -> dict[str, "T
 
     Raises Flux2Error for a form that is not read, and for tensors that do not fit together.
     """
-    if foreign := next((n for n in state if ".quant_map" in n or ".weight_scale_inv" in n), None):
-        what = "4 bit by bitsandbytes" if "quant_map" in foreign else "FP8 in blocks of 128 x 128"
-        raise Flux2Error(
-            f"{file} is quantised, in a form that is not read",
-            what,
-            "Choose the same model in bf16, fp8, NVFP4, MXFP8, INT8 or GGUF",
-        )
+    check_names({name: str(getattr(tensor, "dtype", "")) for name, tensor in state.items()}, file)
     beside: dict[str, dict[str, Tensor]] = {}
     out: dict[str, Tensor | Packed] = {}
     for name, tensor in state.items():
@@ -53,6 +47,31 @@ def gather(state: State, metadata: Mapping[str, str], file: str) -> dict[str, "T
         said = _said(found.pop("comfy_quant", None), name, file) or _lookup(declared, layer)
         out[name] = _packed(name, tensor, found, said, file)
     return out
+
+
+def check_names(dtypes: Mapping[str, str], file: str) -> None:
+    """Raise for a form that is not read, as far as names and dtypes tell (a header is enough).
+
+    `dtypes` as safetensors or as PyTorch spells them.
+    """
+    whole = {"I8", "U8", "torch.int8", "torch.uint8"}
+    scaled = {
+        name.rpartition(".")[0] for name in dtypes if name.endswith(("scale", "scale_weight"))
+    }
+    seen = ""
+    for name, dtype in dtypes.items():
+        if ".quant_map" in name:
+            seen = "4 bit by bitsandbytes"
+        elif name.endswith(".weight_scale_inv"):
+            seen = "FP8 in blocks of 128 x 128"
+        elif name.endswith(".weight") and dtype in whole and name.rpartition(".")[0] not in scaled:
+            seen = f"{name}: {dtype} with no scale beside it"
+        if seen:
+            raise Flux2Error(
+                f"{file} is quantised, in a form that is not read",
+                seen,
+                "Choose the same model in bf16, fp8, NVFP4, MXFP8, INT8 or GGUF",
+            )
 
 
 def _is_codes(tensor: Tensor) -> bool:
