@@ -2,29 +2,56 @@
 
 WANTED is what a shipped workflow says of itself under extra.flux2_kit, as JSON: "prompt", a sentence
 of nano's world, and "references", a sentence for each picture that the prompt speaks of by number.
-Prints a verdict per picture; exit 0 only if all are right.
+"shows", where the prompt alone does not say it, holds a sentence for each of the square pictures that
+stand side by side in the file. Prints a verdict per picture; exit 0 only if all are right.
 """
 
+import importlib
 import json
 import sys
+import types
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
-from flux2_core.nano import scenes
+ROOT = Path(__file__).resolve().parents[2]
+if "flux2_pack" not in sys.modules:
+    pack = types.ModuleType("flux2_pack")
+    pack.__path__ = [str(ROOT)]
+    sys.modules["flux2_pack"] = pack
+scenes = importlib.import_module("flux2_pack.flux2_core.nano.scenes")
+
+
+def sentences(asked: dict) -> list[str]:
+    """What is to be seen, a sentence for each picture from left to right."""
+    return asked.get("shows", [asked["prompt"]])
+
+
+def panels(image: Image.Image, count: int) -> list[Image.Image]:
+    """`count` square pictures that stand side by side, with even gaps or none -> each alone."""
+    width, side = image.size
+    lefts = [round(i * (width - side) / max(1, count - 1)) for i in range(count)]
+    return [image.crop((left, 0, left + side, side)) for left in lefts]
+
+
+def reports(image: Image.Image, asked: dict) -> list:
+    """A scenes.Report for each picture in `image`."""
+    references = [scenes.parse(text) for text in asked["references"]]
+    wanted = [scenes.parse(text, references) for text in sentences(asked)]
+    parts = panels(image, len(wanted)) if len(wanted) > 1 else [image]
+    return [scenes.check(part, scene) for part, scene in zip(parts, wanted, strict=True)]
 
 
 def main(arguments: list[str]) -> int:
     good = True
     for file, wanted in zip(arguments[::2], arguments[1::2], strict=True):
-        wanted = json.loads(wanted)
-        references = [scenes.parse(text) for text in wanted["references"]]
+        asked = json.loads(wanted)
+        print(file)
         with Image.open(file) as image:
-            report = scenes.check(image, scenes.parse(wanted["prompt"], references))
-        good &= report.ok
-        print(f"{file}\n    asked for: {wanted['prompt']}\n    {report}")
+            found = reports(image, asked)
+        for sentence, report in zip(sentences(asked), found, strict=True):
+            good &= report.ok
+            print(f"    asked for: {sentence}\n    {report}")
     return 0 if good and arguments else 1
 
 

@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from flux2_pack.flux2_core.nano import scenes
+from PIL import Image
+
+from flux2_pack.tests.hosting import verdict
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = tuple(sorted(file.stem for file in FOLDER.glob("*.json")))
@@ -13,7 +15,11 @@ def load(name: str) -> dict:
     return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
 
 
-def wanted(workflow: dict) -> scenes.Scene:
-    """What its `extra.flux2_kit` asks for: a prompt, and one for each reference picture."""
-    asked = workflow["extra"]["flux2_kit"]
-    return scenes.parse(asked["prompt"], [scenes.parse(text) for text in asked["references"]])
+def asked(workflow: dict) -> dict:
+    """What it says of itself: see hosting/verdict.py. "regions" holds the prompts of regions."""
+    return workflow["extra"]["flux2_kit"]
+
+
+def wrong(image: Image.Image, workflow: dict) -> list[str]:
+    """What the picture, or each of those side by side in it, does not show as it should."""
+    return [str(report) for report in verdict.reports(image, asked(workflow)) if not report.ok]

@@ -8,8 +8,9 @@ from PIL import Image
 
 from flux2_pack.flux2_core.nano import scenes
 from flux2_pack.flux2_core.references import Reference, resolve
+from flux2_pack.tests.hosting import verdict
 from flux2_pack.tests.workflows import thumbnails
-from flux2_pack.tests.workflows.shipped import FOLDER, NAMES, load, wanted
+from flux2_pack.tests.workflows.shipped import FOLDER, NAMES, asked, load, wrong
 
 TITLE = 30  # pixels of a node's title bar, above its position
 GRAPHS = {name: load(name) for name in NAMES}
@@ -25,8 +26,12 @@ AUTO = {
 every = pytest.mark.parametrize("name", NAMES)
 
 
-def test_the_four():
-    assert {"text_to_image", "edit_one_reference", "two_references", "ten_references"} <= set(NAMES)
+FIRST = {"text_to_image", "edit_one_reference", "two_references", "ten_references"}
+CONTROLS = {"reference_controls", "regions", "strength_grid", "reference_cache"}
+
+
+def test_the_eight():
+    assert set(NAMES) >= FIRST | CONTROLS
 
 
 @every
@@ -103,7 +108,7 @@ def test_another_model_just_works(name):
 
 @every
 def test_what_it_says_is_what_it_draws(name):
-    """`extra.flux2_kit` is the graph's prompt, names resolved, and its pictures in their order."""
+    """`extra.flux2_kit` is the graph's prompts, names resolved, and its pictures in their order."""
     graph = GRAPHS[name]
     nodes = {node["id"]: node for node in graph["nodes"]}
     source = {link[0]: nodes[link[1]] for link in graph["links"]}
@@ -113,45 +118,49 @@ def test_what_it_says_is_what_it_draws(name):
         return [source[link] for link in found if link]
 
     def chain(node):
-        """(picture, name) of a FLUX.2 Reference and those before it."""
+        """(picture, name) of a FLUX.2 Reference or Plan and those before it."""
         before = [entry for earlier in inputs(node, "references") for entry in chain(earlier)]
         return [
             *before,
             *((picture, node["widgets_values"][0]) for picture in inputs(node, "image")),
         ]
 
-    used = []
+    said, names = asked(graph), []
     for node in nodes.values():
         if node["type"] == "Flux2KitApplyReferences":
-            used += [entry for last in inputs(node, "references") for entry in chain(last)]
+            used = [entry for last in inputs(node, "references") for entry in chain(last)]
             used += [(picture, "") for picture in inputs(node, "image_")]
+            names = [Reference(None, label) for _, label in used]
+            assert [picture["widgets_values"][0] for picture, _ in used] == said["references"]
     texts = (n["widgets_values"][0] for n in nodes.values() if n["type"] == "Flux2KitPrompt")
-    names = [Reference(None, label) for _, label in used]
-    asked = graph["extra"]["flux2_kit"]
-    assert [resolve(text, names) for text in texts if text] == [asked["prompt"]]
-    assert [picture["widgets_values"][0] for picture, _ in used] == asked["references"]
-    assert wanted(graph).things
+    prompts = [said["prompt"], *said.get("regions", ())]
+    assert [resolve(text, names) for text in texts if text] == prompts
+    assert bool(names) == bool(said["references"]) and all(verdict.sentences(said))
 
 
 @every
 def test_thumbnail(name):
     """It shows what the workflow asks for, under its references."""
-    graph = GRAPHS[name]
-    references = graph["extra"]["flux2_kit"]["references"]
+    said = asked(GRAPHS[name])
     with Image.open(FOLDER / f"{name}.jpg") as image:
         assert image.format == "JPEG" and image.size == (thumbnails.SIDE, thumbnails.SIDE)
-        picture = image.crop(thumbnails.box(len(references)))
-    report = scenes.check(picture, wanted(graph))
-    assert report.ok, str(report)
+        picture = image.crop(thumbnails.box(len(said["references"]), len(verdict.sentences(said))))
+    assert wrong(picture, GRAPHS[name]) == []
 
 
+@pytest.mark.parametrize("many", [1, 2, 4])
 @pytest.mark.parametrize("count", [0, 1, 2, 10])
-def test_composing_thumbnails(count):
-    """Whatever the number of references, nothing is cut off and the picture stays readable."""
-    scene = scenes.parse("a red circle left on white background")
-    picture, reference = scenes.draw(scene), Image.new("RGB", (64, 64), (0, 255, 0))
-    sheet = thumbnails.compose(picture, [reference] * count)
+def test_composing_thumbnails(count, many):
+    """Whatever the number of references and pictures, nothing is cut off or becomes unreadable."""
+    texts = [f"a {color} circle left on white background" for color in ("red", "blue")] * 2
+    picture = Image.new("RGB", (136 * many - 8, 128), "white")
+    for i, text in enumerate(texts[:many]):
+        picture.paste(scenes.draw(scenes.parse(text)), (136 * i, 0))
+    reference = Image.new("RGB", (64, 64), (0, 255, 0))
+    sheet = thumbnails.compose(picture, [reference] * count, many)
     assert sheet.size == (thumbnails.SIDE, thumbnails.SIDE)
-    assert scenes.check(sheet.crop(thumbnails.box(count)), scene).ok
+    said = {"prompt": "", "references": [], "shows": texts[:many]}
+    found = verdict.reports(sheet.crop(thumbnails.box(count, many)), said)
+    assert len(found) == many and all(report.ok for report in found)
     green = (np.asarray(sheet) == (0, 255, 0)).all(-1).sum()
     assert green == (count and count * thumbnails.cell(count) ** 2)

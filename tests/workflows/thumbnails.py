@@ -4,7 +4,8 @@
     .venv/bin/python tests/workflows/thumbnails.py FOLDER [--into workflows]
 
 FOLDER holds NAME.png for some or all workflows; for each one NAME.jpg is written beside NAME.json.
-Reference pictures stand in a row above what was made of them.
+Reference pictures stand in a row above what was made of them, which may be several pictures side by
+side.
 """
 
 import argparse
@@ -22,6 +23,7 @@ if "flux2_pack" not in sys.modules:
     pack.__path__ = [str(ROOT)]
     sys.modules["flux2_pack"] = pack
 scenes = importlib.import_module("flux2_pack.flux2_core.nano.scenes")
+verdict = importlib.import_module("flux2_pack.tests.hosting.verdict")
 
 SIDE = 512
 GAP = 8
@@ -29,32 +31,34 @@ LARGEST_REFERENCE = 112
 GROUND = (38, 38, 42)
 
 
-def compose(picture: Image.Image, references: list[Image.Image]) -> Image.Image:
-    """The picture, 512 x 512, with its references in a row above it."""
-    if not references:
-        return picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+def compose(picture: Image.Image, references: list[Image.Image], many: int = 1) -> Image.Image:
+    """The picture, or `many` in one, with its references in a row above: 512 x 512."""
     sheet = Image.new("RGB", (SIDE, SIDE), GROUND)
     side = cell(len(references))
     left = (SIDE - len(references) * (side + GAP) + GAP) // 2
     for i, reference in enumerate(references):
         sheet.paste(reference.resize((side, side)), (left + i * (side + GAP), GAP))
-    sheet.paste(picture.resize(_size(box(len(references)))), box(len(references))[:2])
+    place = box(len(references), many)
+    sheet.paste(picture.resize(_size(place), Image.Resampling.LANCZOS), place[:2])
     return sheet
 
 
 def cell(count: int) -> int:
     """The side of each of `count` references."""
-    return min(LARGEST_REFERENCE, (SIDE - GAP) // count - GAP)
+    return min(LARGEST_REFERENCE, (SIDE - GAP) // max(1, count) - GAP)
 
 
-def box(count: int) -> tuple[int, int, int, int]:
-    """Where the picture is in a thumbnail with `count` references: left, top, right, bottom."""
-    if not count:
+def box(count: int, many: int = 1) -> tuple[int, int, int, int]:
+    """Where the picture is under `count` references: left, top, right, bottom. `many` squares in a
+    row, a sixteenth of one between two, are as large as fits, in the middle of what is left."""
+    if not count and many == 1:
         return 0, 0, SIDE, SIDE
-    top = cell(count) + 2 * GAP
-    side = SIDE - GAP - top
-    left = (SIDE - side) // 2
-    return left, top, left + side, top + side
+    top, bottom = (cell(count) + 2 * GAP if count else GAP), SIDE - GAP
+    ratio = many + (many - 1) / 16
+    height = min(bottom - top, (SIDE - 2 * GAP) / ratio)
+    width = round(height * ratio)
+    left, top = (SIDE - width) // 2, round((top + bottom - height) / 2)
+    return left, top, left + width, top + round(height)
 
 
 def _size(area: tuple[int, int, int, int]) -> tuple[int, int]:
@@ -64,11 +68,11 @@ def _size(area: tuple[int, int, int, int]) -> tuple[int, int]:
 def write(picture: Path, into: Path) -> Path:
     """NAME.png -> NAME.jpg in `into`."""
     workflow = json.loads((ROOT / "workflows" / f"{picture.stem}.json").read_text("utf-8"))
-    texts = workflow["extra"]["flux2_kit"]["references"]
-    references = [scenes.draw(scenes.parse(text), 256, 256) for text in texts]
-    file = into / f"{picture.stem}.jpg"
+    asked = workflow["extra"]["flux2_kit"]
+    references = [scenes.draw(scenes.parse(text), 256, 256) for text in asked["references"]]
+    file, many = into / f"{picture.stem}.jpg", len(verdict.sentences(asked))
     with Image.open(picture) as image:
-        compose(image.convert("RGB"), references).save(file, quality=90, subsampling=0)
+        compose(image.convert("RGB"), references, many).save(file, quality=90, subsampling=0)
     return file
 
 
