@@ -15,6 +15,7 @@ from .outcomes import HostedError
 
 OFFICIAL = "bfl.ai"  # the service hands tasks between hosts of this domain
 LONGEST_URL = 8192
+LONGEST_HOST = 260  # with its port
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -88,7 +89,7 @@ def check_task_url(url: str, base: str, gateway: bool) -> str:
         raise HostedError(
             "address",
             "The service sent us to another place for the result, and the key does not go there",
-            urlsplit(where).netloc[:100],
+            urlsplit(where).netloc,
             "The address or gateway in your settings may not be the service's: check it",
         )
     return where
@@ -105,7 +106,7 @@ def check_result_url(url: str, base: str, gateway: bool) -> tuple[str, bool]:
         raise HostedError(
             "address",
             "The link of the result leads to a place that is not fetched from",
-            f"{parts.scheme} to {host}"[:100],
+            f"{parts.scheme} to {host}",
             "Results come over https from the internet; check the address in your settings",
         )
     return where, own
@@ -150,6 +151,8 @@ def _parsed(url: Any, what: str) -> str:
         parts = urlsplit(url if not problem else "")
         if not problem and ("@" in parts.netloc or not parts.hostname or "%" in parts.netloc):
             problem = "an address with a password, or without a host"
+        if not problem and len(parts.netloc) > LONGEST_HOST:
+            problem = "an address with a host that cannot be"
         if not problem and parts.port == 0:
             problem = "an address without a port"
     except ValueError:

@@ -8,6 +8,7 @@ from typing import Any
 
 from .journal import SENT, Journal
 from .money import Ledger, Spending, estimate
+from .outcomes import HostedError
 from .pace import Pace, Timing
 from .request import Request
 from .result import Result
@@ -57,7 +58,8 @@ class Client:
         keep: Callable[[Result], None] | None = None,
     ) -> Result:
         """See the package's documentation. Raises HostedError, and what the callbacks raise."""
-        settings = self._settings
+        settings, scrub = self._settings, self._settings.key.scrub
+        told = progress or _nothing
         ceilings = (_lower(settings.per_run, per_run), _lower(settings.per_day, per_day))
         pace = Pace(
             self._timing,
@@ -65,24 +67,28 @@ class Client:
             self._clock,
             self._now,
             check or _nothing,
-            progress or _nothing,
+            lambda share, state: told(share, scrub(state)),
         )
         fingerprint = request.fingerprint(settings.base)
         self._journal.sweep()
         pace.progress(None, "queued")
-        async with self._turns.turn(pace.check), Transport(settings) as transport:
-            run = Run(
-                request,
-                estimate(request),
-                fingerprint,
-                settings,
-                self._journal,
-                self._ledger,
-                pace,
-                transport,
-            )
-            entry, resumed = await Submission(run).obtain(run_id, ceilings)
-            result = await Waiting(run, entry).result(resumed)
+        try:
+            async with self._turns.turn(pace.check), Transport(settings) as transport:
+                run = Run(
+                    request,
+                    estimate(request),
+                    fingerprint,
+                    settings,
+                    self._journal,
+                    self._ledger,
+                    pace,
+                    transport,
+                )
+                entry, resumed = await Submission(run).obtain(run_id, ceilings)
+                result = await Waiting(run, entry).result(resumed)
+        except HostedError as error:
+            error.hide(scrub)
+            raise
         if keep:
             keep(result)
         self._journal.forget(fingerprint)

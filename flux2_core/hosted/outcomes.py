@@ -41,6 +41,10 @@ class HostedError(Flux2Error):
         self.code = code
         super().__init__(wrong, seen, do)
 
+    def hide(self, scrub: Callable[[str], str]) -> None:
+        """Take the key out of everything it says, should a server have said it back to us."""
+        self.__init__(self.code, scrub(self.wrong), scrub(self.seen), scrub(self.do))
+
 
 def of_status(status: int, detail: str, doing: str, do: str = AGAIN) -> HostedError:
     """An HTTP status that is neither success nor worth a retry -> its sentence."""

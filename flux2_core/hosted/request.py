@@ -85,9 +85,9 @@ def make_request(
             "There is no such hosted model", f"'{model}'", f"Choose one of {', '.join(ENDPOINTS)}"
         )
     endpoint = ENDPOINTS[model]
-    pictures = _uploads(endpoint, references)
-    width, height = _size(width, height, pictures)
-    _check_total(endpoint, (width, height), pictures)
+    fits = _fits(endpoint, references)
+    width, height = _size(width, height, fits)
+    _check_total(endpoint, (width, height), fits)
     fields: dict[str, Any] = {
         "prompt": local.resolve(_prompt(prompt), references),
         "width": width,
@@ -106,7 +106,8 @@ def make_request(
     if prompt_upsampling is not None:
         name = _taken(endpoint, "prompt_upsampling")
         fields[name] = bool(prompt_upsampling) == (name == "prompt_upsampling")
-    return Request(endpoint, MappingProxyType(fields), pictures)
+    pictures = (_upload(r, fit) for r, fit in zip(references, fits, strict=True))
+    return Request(endpoint, MappingProxyType(fields), tuple(pictures))
 
 
 def _taken(endpoint: Endpoint, name: str) -> Any:
@@ -156,7 +157,7 @@ def _format(output_format: str) -> str:
     return output_format
 
 
-def _size(width: int | None, height: int | None, pictures: Sequence[Upload]) -> tuple[int, int]:
+def _size(width: int | None, height: int | None, fits: Sequence[local.Fit]) -> tuple[int, int]:
     """What will be sent. It is never left to the service: then the price would be a guess."""
     if bool(width) != bool(height):
         raise Flux2Error(
@@ -165,9 +166,9 @@ def _size(width: int | None, height: int | None, pictures: Sequence[Upload]) -> 
             "Give both, or neither to follow the first reference",
         )
     if not width or not height:
-        return pictures[0].size if pictures else STANDARD_SIZE
-    fits = all(type(n) is int and n >= LEAST_SIDE and n % GRID == 0 for n in (width, height))
-    if not fits or width * height > MOST_PIXELS:
+        return fits[0].size if fits else STANDARD_SIZE
+    good = all(type(n) is int and n >= LEAST_SIDE and n % GRID == 0 for n in (width, height))
+    if not good or width * height > MOST_PIXELS:
         raise Flux2Error(
             "The hosted models do not make this size",
             f"{width} x {height}",
@@ -176,9 +177,9 @@ def _size(width: int | None, height: int | None, pictures: Sequence[Upload]) -> 
     return width, height
 
 
-def _check_total(endpoint: Endpoint, size: tuple[int, int], pictures: Sequence[Upload]) -> None:
+def _check_total(endpoint: Endpoint, size: tuple[int, int], fits: Sequence[local.Fit]) -> None:
     most = endpoint.total_megapixels
-    total = sum(w * h for w, h in (size, *(p.size for p in pictures))) / MEGAPIXEL
+    total = sum(w * h for w, h in (size, *(fit.size for fit in fits))) / MEGAPIXEL
     if most is not None and total > most:
         raise Flux2Error(
             f"Picture and references together are too large for FLUX.2 {endpoint.title}",
@@ -187,7 +188,8 @@ def _check_total(endpoint: Endpoint, size: tuple[int, int], pictures: Sequence[U
         )
 
 
-def _uploads(endpoint: Endpoint, references: Sequence[Reference]) -> tuple[Upload, ...]:
+def _fits(endpoint: Endpoint, references: Sequence[Reference]) -> tuple[local.Fit, ...]:
+    """The size each reference will be sent in. Raises for what the model does not take."""
     if len(references) > endpoint.references:
         raise Flux2Error(
             f"FLUX.2 {endpoint.title} takes at most {endpoint.references} references",
@@ -197,8 +199,7 @@ def _uploads(endpoint: Endpoint, references: Sequence[Reference]) -> tuple[Uploa
     for i, reference in enumerate(references):
         _check_plain(reference, local.label(i, reference))
     local.check_names(references)
-    fits = local.plan(references)
-    return tuple(_upload(r, fit) for r, fit in zip(references, fits, strict=True))
+    return local.plan(references)
 
 
 def _check_plain(reference: Reference, called: str) -> None:

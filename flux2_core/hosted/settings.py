@@ -7,6 +7,7 @@ who can change one of them alone can have the key sent to himself.
 import base64
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -53,9 +54,9 @@ class Secret:
         return self._forms[0]
 
     def scrub(self, text: str) -> str:
-        """The text without the key, should a server have said it back to us."""
+        """The text without the key, also as it looks in an address or in base64."""
         for form in self._forms:
-            text = text.replace(form, HIDDEN)
+            text = re.sub(re.escape(form), HIDDEN, text, flags=re.IGNORECASE)
         return text
 
     def inside(self, data: bytes) -> bool:
@@ -168,13 +169,20 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"{path}: {error.strerror}",
             "Make it a file that you own and can read",
         ) from None
-    with os.fdopen(handle, "rb") as file:
-        status = os.fstat(file.fileno())
+    try:
+        status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
-            raise HostedError("settings", "The settings are not a small file", str(path), "Fix it")
+            raise HostedError(
+                "settings",
+                "The settings are not a small file",
+                str(path),
+                f"Write a file with {', '.join(FILE_FIELDS)} in it",
+            )
         if os.name != "nt":
             _check_private(path, status)
-        raw = file.read(LARGEST_FILE + 1)
+        raw = os.read(handle, LARGEST_FILE + 1)
+    finally:
+        os.close(handle)
     problem = ""
     try:
         values = json.loads(raw)

@@ -8,7 +8,7 @@ from decimal import Decimal
 
 from .journal import SENDING, SENT, Entry, Journal
 from .money import Ledger, Price
-from .outcomes import AGAIN, HostedError, cents_of, detail_of, of_status
+from .outcomes import AGAIN, HostedError, cents_of, detail_of, of_status, retry_after
 from .pace import Pace
 from .request import Request
 from .settings import Settings
@@ -99,9 +99,9 @@ class Submission:
 
     def _refusal(self, answer: Answer) -> HostedError:
         detail = detail_of(answer.body, self.run.settings.key.scrub)
-        asked = answer.headers.get("Retry-After", "")[:40]
+        asked = retry_after(answer.headers, self.run.pace.now())
         if answer.status == 429 and asked:
-            detail = f"{detail}; it asks to wait {asked}" if detail else f"wait {asked}"
+            detail = f"{detail}; it asks to wait {asked:.0f} seconds"
         return of_status(answer.status, detail, "taking the request")
 
     async def _send(self, entry: Entry) -> tuple[Answer, Entry | None]:

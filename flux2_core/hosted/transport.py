@@ -122,7 +122,7 @@ class Transport:
             return HostedError(
                 "address",
                 "A name leads to a private address, which is not connected to",
-                host[:100],
+                host,
                 "Check the address in your settings; if it is your own, set it as the gateway",
             )
         unsent = isinstance(
@@ -134,7 +134,7 @@ class Transport:
         elif isinstance(error, aiohttp.ClientConnectorDNSError):
             why = "its name is not known: is this computer online?"
         elif isinstance(error, asyncio.TimeoutError):
-            why = f"no answer within {total:g} seconds"
+            why = f"no answer within {round(total, 1):g} seconds"
         else:
             why = "no connection" if unsent else "the connection broke"
         return Lost(why, not unsent)

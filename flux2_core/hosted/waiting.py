@@ -74,7 +74,7 @@ class Waiting:
                 if problem is None and found["status"] == READY:
                     return found
                 if problem is None:
-                    misses, word = 0, WORDS.get(found["status"], found["status"].lower())
+                    misses, word = 0, _word(found["status"])
                     pace.progress(_share(found), word)
             misses += problem is not None
             if problem is not None and misses >= timing.attempts:
@@ -161,6 +161,10 @@ def _reasons(found: dict[str, Any], scrub) -> str:
         details = details.get("Moderation Reasons", list(details.values()))
     text = ", ".join(map(str, details)) if isinstance(details, list) else str(details or "")
     return "".join(c if c.isprintable() else " " for c in scrub(text))[:200]
+
+
+def _word(state: str) -> str:
+    return WORDS.get(state, state.lower())
 
 
 def _share(found: dict[str, Any]) -> float | None:
