@@ -15,8 +15,9 @@ from .kv_cache import ReferenceCache
 from .pipeline import Paths, Pipeline
 from .references import Reference, Region
 from .sampling import denoise
+from .stream import Controls
 from .text_encoder import TextEncoder
-from .transformer import Controls, Flux2Transformer
+from .transformer import Flux2Transformer
 from .visibility import ReferenceControl, RegionPrompt
 
 __all__ = [

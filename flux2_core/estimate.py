@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -288,9 +289,9 @@ def _jobs(model, length: int, attend, make: dict):
     yield (0.0, pairs, 0), lambda: attend(q, q, q)
 
 
-def _timed(job: Callable, device: torch.device, least: float = 0.03) -> float:
-    """Seconds on average over `least` seconds or more, after one round for nothing: a share of the
-    machine that others take is a share that the forward will not have either."""
+def _timed(job: Callable, device: torch.device, least: float = 0.01, groups: int = 3) -> float:
+    """Seconds a round: the median of some groups of rounds, each of `least` seconds or more, after
+    one round for nothing. On a GPU the rounds of a group are queued together, as blocks are."""
 
     def took(rounds: int) -> float:
         begun = time.perf_counter()
@@ -298,23 +299,28 @@ def _timed(job: Callable, device: torch.device, least: float = 0.03) -> float:
             job()
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
+        return (time.perf_counter() - begun) / rounds
 
     took(1)
-    rounds = min(20, max(2, math.ceil(least / max(1e-6, took(1)))))
-    return took(rounds) / rounds
+    rounds = min(10, math.ceil(least / max(1e-6, took(1))))
+    return median(took(rounds) for _ in range(groups))
 
 
 def _fit(samples: list[tuple[tuple[float, float, int], float]]) -> Clock:
-    """Rates >= 0 with the least squared relative error: the best of all choices of which are 0."""
-    times = np.array([seconds for _, seconds in samples])
-    table = np.array([work for work, _ in samples], dtype=np.float64) / times[:, None]
+    """Rates >= 0 with the least squared error: the best of all choices of which are 0.
+
+    Errors count over the root of the time: short samples are the noisy ones, and long ones are
+    what will be asked for.
+    """
+    weights = np.array([seconds for _, seconds in samples]) ** 0.5
+    table = np.array([work for work, _ in samples], dtype=np.float64) / weights[:, None]
     scale = np.abs(table).max(0)
-    best, least = np.zeros(3), float(len(times))
+    best, least = np.zeros(3), math.inf
     for count in (1, 2, 3):
         for chosen in map(list, combinations(range(3), count)):
-            rates = np.linalg.lstsq(table[:, chosen] / scale[chosen], np.ones(len(times)))[0]
-            error = float(((table[:, chosen] / scale[chosen] @ rates - 1) ** 2).sum())
+            part = table[:, chosen] / scale[chosen]
+            rates = np.linalg.lstsq(part, weights)[0]
+            error = float(((part @ rates - weights) ** 2).sum())
             if (rates >= 0).all() and error < least:
                 best, least = np.zeros(3), error
                 best[chosen] = rates / scale[chosen]

@@ -29,8 +29,9 @@ from .references import (
     to_pil,
 )
 from .sampling import OnStep, denoise
+from .stream import Controls
 from .text_encoder import TextEncoder
-from .transformer import Controls, Flux2Transformer, encoder_for
+from .transformer import Flux2Transformer, encoder_for
 from .visibility import RegionPrompt
 
 Picture = Reference | Tensor | Image.Image | str | Path

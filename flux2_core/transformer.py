@@ -5,19 +5,18 @@ per forward; qkv rows are q | k | v, each head-major; the final layer's rows are
 Source: FLUX.2 model card and reference implementation (black-forest-labs/flux2, Apache-2.0).
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .attention import attend, attend_segments
+from .attention import attend
 from .configs import TransformerConfig, Variant
 from .errors import Flux2Error
-from .kv_cache import Kept, Recorder, ReferenceCache
+from .kv_cache import Kept, Recorder
 from .latents import grid
 from .layers import (
     MLPEmbedder,
@@ -31,78 +30,8 @@ from .layers import (
     swiglu,
 )
 from .positions import rope_table, rotate
-from .visibility import Layout, ReferenceControl, RegionPrompt, arrange
-
-
-@dataclass(frozen=True, eq=False)
-class Controls:
-    """What bends the stock forward pass; None, or every field at its default, is stock.
-
-    `kv_references`: references see references only and are modulated at t = 0; None follows the
-    model's config. `still`: references are modulated at t = 0 though they see everything.
-    `references` is parallel to the references, missing ones are stock. `regions`
-    are prompts for parts of the picture; with `isolate` what lies outside the regions does not
-    look inside. `cache` keeps the references' keys and values between steps; `about` is what else
-    they depend on (positions, for a host that bends them), `call` what else tells one of several
-    calls a step from the others.
-    """
-
-    kv_references: bool | None = None
-    references: tuple[ReferenceControl, ...] = ()
-    regions: tuple[RegionPrompt, ...] = ()
-    isolate: bool = False
-    still: bool = False
-    cache: ReferenceCache | None = None
-    about: Hashable = None
-    call: Hashable = None
-
-
-STOCK = Controls()
-
-
-@dataclass
-class Stream:
-    """What travels through the blocks. Rows: text T, picture L, references R, in this order."""
-
-    txt: Tensor  # (B, T, h)
-    img: Tensor  # (B, L + R, h)
-    vec: Tensor  # (B, h)
-    rope: tuple[Tensor, Tensor]  # cos, sin: (T + L + R, D / 2)
-    img_mod: tuple[Modulation, Modulation]
-    txt_mod: tuple[Modulation, Modulation]
-    single_mod: Modulation
-    layout: Layout
-    size: tuple[int, int]
-    memory: Kept | Recorder | None = (
-        None  # the references' keys and values, from or for other steps
-    )
-
-    @property
-    def text(self) -> int:
-        return self.layout.text
-
-    @property
-    def picture(self) -> int:
-        return self.layout.picture
-
-    def attention(self, block: int, attend=attend):
-        """The attention callable of a block, double blocks counted first."""
-        return partial(self._attend, block, attend)
-
-    def _attend(self, block: int, attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if isinstance(self.memory, Recorder) and self.layout.references:
-            own = slice(k.shape[2] - self.layout.references, None)
-            self.memory.put(block, k[:, :, own], v[:, :, own])
-        elif isinstance(self.memory, Kept):
-            known = self.memory.get(block, k)
-            k, v = (
-                torch.cat((new, old.expand(len(new), -1, -1, -1)), 2)
-                for new, old in zip((k, v), known, strict=True)
-            )
-        if not q.shape[2]:
-            return v.new_empty(len(v), 0, v.shape[1] * v.shape[3])
-        table = self.layout.last if q.shape[2] == self.layout.picture else self.layout.table
-        return attend(q, k, v) if table is None else attend_segments(q, k, v, table, attend)
+from .stream import STOCK, Controls, Stream
+from .visibility import ReferenceControl, arrange
 
 
 class SelfAttention(nn.Module):

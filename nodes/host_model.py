@@ -21,7 +21,8 @@ from torch import Tensor
 from ..flux2_core.configs import TransformerConfig, Variant
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.positions import rotate
-from ..flux2_core.transformer import Flux2Transformer, Stream
+from ..flux2_core.stream import Stream
+from ..flux2_core.transformer import Flux2Transformer
 from ..flux2_core.visibility import isolation
 from .host_rope import angles, ids, places, table
 from .host_steer import HostControls, Steering, check_batches, steer

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.references import active, on_grid
 from ..flux2_core.schedule import share
-from ..flux2_core.transformer import Controls
+from ..flux2_core.stream import Controls
 from ..flux2_core.visibility import ReferenceControl, RegionPrompt
 from .host_controls import CACHE, KV
 

@@ -50,7 +50,7 @@ async def download(transport: Transport, settings: Settings, link: str, total: f
     for _ in range(REDIRECTS + 1):
         link, own = check_result_url(link, settings.base, settings.gateway)
         left = max(0.01, until - time.monotonic())
-        got = await transport.exchange("GET", link, own, {}, None, left, take)
+        got = await transport.exchange("GET", link, own, take, left)
         if isinstance(got, bytes):
             return got
         link = got

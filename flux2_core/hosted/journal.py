@@ -66,7 +66,9 @@ class Journal:
         storage.write_json(self._path(fingerprint), asdict(entry))
 
     def forget(self, fingerprint: str) -> None:
-        self._path(fingerprint).unlink(missing_ok=True)
+        """An entry that cannot be removed does no harm: the next run finds it and pays nothing."""
+        with contextlib.suppress(OSError):
+            self._path(fingerprint).unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove what has expired, of all inputs."""

@@ -46,8 +46,11 @@ class HostedError(Flux2Error):
         self.__init__(self.code, scrub(self.wrong), scrub(self.seen), scrub(self.do))
 
 
-def of_status(status: int, detail: str, doing: str, do: str = AGAIN) -> HostedError:
-    """An HTTP status that is neither success nor worth a retry -> its sentence."""
+def of_status(status: int, detail: str, submitting: bool) -> HostedError:
+    """An HTTP status that is no success -> its sentence. Only a submission can have wrong inputs;
+    a poll that is refused leaves its task as it was."""
+    do = AGAIN if submitting else LATER
+    doing = "taking the request" if submitting else "being asked for the result"
     known = {
         401: (
             "key",
@@ -75,7 +78,7 @@ def of_status(status: int, detail: str, doing: str, do: str = AGAIN) -> HostedEr
             "The service refuses the inputs",
             "Change what it names; nothing was charged",
         )
-        if status in (400, 413, 422)
+        if submitting and status in (400, 413, 422)
         else ("service", f"The service gives an unexpected answer while {doing}", do)
     )
     return HostedError(code, wrong, f"{status}: {detail}" if detail else str(status), do)
@@ -87,10 +90,10 @@ def detail_of(body: bytes, scrub: Callable[[str], str]) -> str:
         answer = json.loads(body)
     except (ValueError, RecursionError):
         text = body[:200].decode("utf-8", "replace")
-        return "" if text.lstrip().startswith("<") else _plain(scrub(text))
+        return "" if text.lstrip().startswith("<") else plain(scrub(text))
     found = answer.get("detail", answer.get("message", "")) if isinstance(answer, dict) else answer
     fields = found if isinstance(found, list) else [found]
-    return _plain(scrub("; ".join(filter(None, map(_field, fields[:5])))))
+    return plain(scrub("; ".join(filter(None, map(_field, fields[:5])))))
 
 
 def _field(entry: Any) -> str:
@@ -103,7 +106,7 @@ def _field(entry: Any) -> str:
     return f"{'.'.join(names)}: {says}" if names else says
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """At most 300 printable characters: it goes into an error box."""
     return "".join(c if c.isprintable() else " " for c in text).strip()[:300]
 
@@ -127,7 +130,10 @@ def cents_of(value: Any) -> Decimal | None:
         cents = Decimal(str(value))
     except InvalidOperation:
         return None
-    return cents if cents.is_finite() and 0 <= cents < 10**7 else None
+    if not cents.is_finite() or not 0 <= cents < 10**7:
+        return None
+    cents = cents.quantize(Decimal("0.0001")).normalize()  # services count money in floats
+    return cents.quantize(Decimal(1)) if cents == cents.to_integral_value() else cents
 
 
 def of_state(state: str, detail: str) -> HostedError:

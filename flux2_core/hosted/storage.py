@@ -30,7 +30,7 @@ def private_folder(path: Path) -> Path:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise _unusable(path, error) from None
     if os.name != "nt":
         status = path.stat()
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
@@ -48,13 +48,13 @@ def write_json(path: Path, value: Any) -> None:
     try:
         write_bytes(path, json.dumps(value, indent=1).encode(), 0o600)
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise _unusable(path, error) from None
 
 
-def _unwritable(path: Path, error: OSError) -> HostedError:
+def _unusable(path: Path, error: OSError) -> HostedError:
     return HostedError(
         "state",
-        "What is paid for cannot be written down",
+        "What is paid for cannot be written down or looked up",
         f"{path}: {error.strerror}",
         "Make room on the disk, or set FLUX2KIT_HOSTED_STATE to a folder of yours",
     )
@@ -87,6 +87,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unusable(path, error) from None
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 

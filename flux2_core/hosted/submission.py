@@ -102,7 +102,7 @@ class Submission:
         asked = retry_after(answer.headers, self.run.pace.now())
         if answer.status == 429 and asked:
             detail = f"{detail}; it asks to wait {asked:.0f} seconds"
-        return of_status(answer.status, detail, "taking the request")
+        return of_status(answer.status, detail, submitting=True)
 
     async def _send(self, entry: Entry) -> tuple[Answer, Entry | None]:
         """Post once. A task that was made is in the journal before anything else happens."""

@@ -77,24 +77,24 @@ class Transport:
 
         Raises Lost; HostedError for an answer without bounds.
         """
-        headers = {"x-key": self._settings.key.reveal(), "Accept": "application/json"}
-        if body is not None:
-            headers["Content-Type"] = "application/json"
 
         async def take(got: Any) -> Answer:
             return Answer(got.status, dict(got.headers), await read(got, MOST_REPLY))
 
-        return await self.exchange(method, url, self._settings.gateway, headers, body, total, take)
+        return await self.exchange(
+            method, url, self._settings.gateway, take, total, body=body, with_key=True
+        )
 
     async def exchange(
         self,
         method: str,
         url: str,
         gateway: bool,
-        headers: Mapping[str, str],
-        body: bytes | None,
-        total: float,
         take: Callable[[Any], Awaitable[T]],
+        total: float,
+        *,
+        body: bytes | None = None,
+        with_key: bool = False,
     ) -> T:
         """What `take` makes of an open answer, in `total` seconds: dripping does not help."""
         aiohttp = _aiohttp()
@@ -106,7 +106,7 @@ class Transport:
             async with session.request(
                 method,
                 URL(url, encoded=True),  # a signed link is used to the letter
-                headers=headers,
+                headers=self._headers(body) if with_key else {},  # in no variable of ours
                 data=None if body is None else io.BytesIO(body),
                 allow_redirects=False,
                 timeout=limits,
@@ -115,6 +115,10 @@ class Transport:
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
             problem = self._lost(aiohttp, error, total)
         raise problem  # outside the except block: an exception remembers the one it was raised in
+
+    def _headers(self, body: bytes | None) -> dict[str, str]:
+        kind = {} if body is None else {"Content-Type": "application/json"}
+        return {"x-key": self._settings.key.reveal(), "Accept": "application/json", **kind}
 
     def _lost(self, aiohttp: Any, error: BaseException, total: float) -> Exception:
         if self._resolver.refused:

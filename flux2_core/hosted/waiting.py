@@ -7,7 +7,7 @@ from typing import Any
 from . import download
 from .addresses import check_task_url
 from .journal import Entry
-from .outcomes import LATER, HostedError, cents_of, detail_of, of_state, of_status
+from .outcomes import LATER, HostedError, cents_of, detail_of, of_state, of_status, plain
 from .result import Result
 from .submission import Run
 from .transport import Answer, Lost
@@ -15,7 +15,7 @@ from .transport import Answer, Lost
 READY = "Ready"
 ENDED = ("Error", "Failed", "Request Moderated", "Content Moderated")
 UNKNOWN = "Task not found"
-FINAL = ("moderated", "failed", "gone", "expired", "address")  # it can never be had
+FINAL = ("moderated", "failed", "gone", "expired")  # it can never be had
 WORDS = {"Pending": "waiting for the service"}
 
 
@@ -28,6 +28,10 @@ class Waiting:
         run, settings = self.run, self.run.settings
         try:
             check_task_url(self.entry.polling_url, settings.base, settings.gateway)
+        except HostedError:
+            run.journal.forget(run.fingerprint)
+            raise
+        try:
             answer = await self._ready(at_once=resumed)
             data, answer = await self._fetch(answer)
         except HostedError as error:
@@ -96,10 +100,10 @@ class Waiting:
             # also for a moment after the submission, before all of the service knows of it
             return found, of_state(UNKNOWN, "")
         if answer.status == 429 or answer.status >= 500:
-            return found, of_status(answer.status, detail, "asked for the result", LATER)
+            return found, of_status(answer.status, detail, submitting=False)
         if answer.status != 200:
-            raise of_status(answer.status, detail, "asked for the result", LATER)
-        state = scrub(state)[:60] if isinstance(state, str) else ""
+            raise of_status(answer.status, detail, submitting=False)
+        state = plain(scrub(state))[:60] if isinstance(state, str) else ""
         if state in ENDED:
             raise of_state(state, _reasons(found, scrub))
         if not state or (state == READY and not isinstance(found.get("result"), dict)):
@@ -160,7 +164,7 @@ def _reasons(found: dict[str, Any], scrub) -> str:
     if isinstance(details, dict):
         details = details.get("Moderation Reasons", list(details.values()))
     text = ", ".join(map(str, details)) if isinstance(details, list) else str(details or "")
-    return "".join(c if c.isprintable() else " " for c in scrub(text))[:200]
+    return plain(scrub(text))
 
 
 def _word(state: str) -> str:

@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flux2_pack.flux2_core import transformer, visibility
+from flux2_pack.flux2_core import stream, transformer, visibility
 from flux2_pack.flux2_core.attention import explicit, joined
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.kv_cache import ReferenceCache
-from flux2_pack.flux2_core.transformer import Controls, ReferenceControl, RegionPrompt
+from flux2_pack.flux2_core.stream import Controls
+from flux2_pack.flux2_core.visibility import ReferenceControl, RegionPrompt
 from flux2_pack.tests.core.toys import DEV, KLEIN, SIZES, TEXT, error, inputs, toy
 
 STOCK = ReferenceControl()
@@ -112,7 +113,7 @@ def test_against_attention_written_out_in_float64(model, monkeypatch, name, kv):
                     bias[group.rows, keys] = w[:, None] if w.ndim else w
         return joined(explicit(*(x.double() for x in (q, k, v)), bias)[0]).to(q.dtype)
 
-    monkeypatch.setattr(transformer, "attend_segments", whole)
+    monkeypatch.setattr(stream, "attend_segments", whole)
     assert error(out, model(**i, controls=controls)) < 1e-5  # seen 1.4e-6
 
 
