@@ -10,7 +10,7 @@ or nothing is timed. --model takes a released model's shapes, with all its block
 
 The first run of each is not timed: it counts memory, the bytes beyond weights and inputs that the
 allocator has given out at once, and keeps the latent. All steps of a run without a cache cost the
-same, so one is timed and counted four times. A bare cached step is its matrix products and
+same, so one is timed and counted four times. More than four references get one round. A bare cached step is its matrix products and
 attentions alone. What drifts is the picture that each step expects in the end.
 """
 
@@ -269,27 +269,30 @@ def bare(model: Flux2Transformer, i: dict):
 
 
 def judge(case: str, runs: dict[str, Run], times: dict[str, list[float]], out: report.Report):
+    theirs = diffusers_name()
     for name, run in runs.items():
         times[name] = [t * STEPS / run.timed for t in times[name]]
-    for name in runs:
-        out.add(case, f"{STEPS} steps, {name}", median(times[name]), "s", **beside(name, times))
-    for name, run in runs.items():
-        stock = {} if name == STOCK else {"peer": STOCK, "ratio": run.bytes / runs[STOCK].bytes}
-        out.add(case, f"peak memory, {name}", run.bytes / 1e9, "GB", **stock)
+    pairs = {n: (EXACT, theirs) if n == theirs else (n, STOCK) for n in runs}
+    for name, pair in pairs.items():
+        out.add(case, f"{STEPS} steps, {name}", median(times[name]), "s", **beside(*pair, times))
+    bytes_ = {name: [run.bytes] for name, run in runs.items()}
+    for name, pair in pairs.items():
+        size = runs[name].bytes / 1e9
+        out.add(case, f"peak memory, {name}", size, "GB", **beside(*pair, bytes_))
     if BARE in times:
         judge_references(case, runs, times, out)
 
 
-def beside(name: str, times: dict[str, list[float]], peer: str = STOCK) -> dict:
+def beside(name: str, peer: str, values: dict[str, list]) -> dict:
     """What a figure says of its peer: nothing where it is its own."""
-    return {} if name == peer else {"peer": peer, "ratio": report.ratio(times[name], times[peer])}
+    return {} if name == peer else {"peer": peer, "ratio": report.ratio(values[name], values[peer])}
 
 
 def judge_references(case: str, runs, times, out: report.Report) -> None:
     theirs, four = diffusers_name(), case.startswith("4 ")
     gain = report.ratio(times[STOCK], times[EXACT])
     out.add(case, f"{STOCK} over {EXACT}", gain, "x", at_least=AT_LEAST_GAIN if four else None)
-    over = beside(EXACT, times, theirs)
+    over = beside(EXACT, theirs, times)
     out.add(case, f"{EXACT} over diffusers'", over["ratio"], "x", **over, at_most=AT_MOST_PEER)
 
     rounds = len(times[BARE])
@@ -297,7 +300,7 @@ def judge_references(case: str, runs, times, out: report.Report) -> None:
     cached[BARE] = times[BARE]
     out.add(case, f"a cached step, {EXACT}", median(cached[EXACT]), "s")
     for name in (theirs, BARE):
-        about = beside(EXACT, cached, name)
+        about = beside(EXACT, name, cached)
         out.add(case, f"a cached step, {name}", median(cached[name]), "s", **about)
     over = about["ratio"]
     out.add(case, "a cached step over its bare work", over, "x", at_most=AT_MOST_BARE)

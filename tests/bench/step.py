@@ -157,7 +157,7 @@ def bare(model: Flux2Transformer, arguments: dict):
 
     def like(x):
         if x.shape not in made:
-            made[x.shape] = torch.randn(x.shape, dtype=x.dtype)
+            made[x.shape] = torch.randn(x.shape, dtype=x.dtype, device=x.device)
         return made[x.shape]
 
     def linear(layer, args, _):
