@@ -46,6 +46,8 @@ class Journal:
             entry = None if found is None else Entry(**found)
             if entry and not (entry.state in (SENDING, SENT) and entry.started > 0):
                 raise ValueError
+        except HostedError:  # a ValueError as well, but one that is told already
+            raise
         except (ValueError, TypeError):
             aside = path.with_suffix(".damaged")
             path.replace(aside)

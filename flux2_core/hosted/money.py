@@ -139,6 +139,8 @@ class Ledger:
             for line in found.values():
                 if cents_of(line["cents"]) is None or not line["day"] or not line["run"]:
                     raise ValueError
+        except HostedError:  # a ValueError as well, but one that is told already
+            raise
         except (ValueError, TypeError, KeyError, AttributeError):
             raise HostedError(
                 "state",

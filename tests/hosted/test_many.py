@@ -179,7 +179,7 @@ def test_two_processes_with_the_same_inputs_share_one_task(server, tmp_path):
 def test_entries_expire_and_damaged_ones_are_told_once(server, tmp_path):
     server.states = ("Pending",) * 9999
     clock = Clock()
-    client = client_for(server, tmp_path, clock=clock)
+    client = client_for(server, tmp_path, clock=clock, timing=Timing(wait=20))
     with pytest.raises(HostedError):
         run(client)
     assert client.waiting(ask())

@@ -9,6 +9,7 @@ import pytest
 
 from flux2_pack.flux2_core.hosted import HostedError, in_cents
 from flux2_pack.flux2_core.hosted.money import Ledger
+from flux2_pack.flux2_core.hosted.outcomes import cents_of
 from flux2_pack.tests.hosted.harness import Clock, ask, client_for, money, run
 from flux2_pack.tests.hosted.server import answer
 
@@ -122,6 +123,12 @@ def test_a_place_that_cannot_be_written_is_told_and_nothing_is_sent(server, tmp_
         run(client_for(server, tmp_path))
     assert caught.value.code == "state" and "FLUX2KIT_HOSTED_STATE" in str(caught.value)
     assert not server.seen
+    for look in (
+        client_for(server, tmp_path).spent,
+        lambda: client_for(server, tmp_path).waiting(ask()),
+    ):
+        with pytest.raises(HostedError):
+            look()
 
 
 def test_a_disk_that_fills_after_the_submission_loses_nothing(server, tmp_path, monkeypatch):
@@ -175,3 +182,16 @@ def test_ceilings_hold_over_processes(tmp_path):
 )  # fmt: skip
 def test_amounts_as_people_write_them(cents, text):
     assert in_cents(money(cents)) == text
+
+
+@pytest.mark.parametrize(
+    ("reported", "cents"),
+    [
+        (1.5, "1.5"), ("4.5", "4.5"), (4.8999999999999995, "4.9"), (0, "0"), (100, "100"),
+        (1e-300, "0"), ("1e-999999", "0"), (-1, None), (True, None), (None, None), ("nan", None),
+        ("1e999999", None), (float("inf"), None), ([], None), ("free", None),
+    ],
+)  # fmt: skip
+def test_reported_costs_are_amounts_or_nothing(reported, cents):
+    read = cents_of(reported)
+    assert read is None if cents is None else str(read) == cents
