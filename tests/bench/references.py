@@ -296,12 +296,12 @@ def judge_references(case: str, runs, times, out: report.Report) -> None:
     out.add(case, f"{EXACT} over diffusers'", over["ratio"], "x", **over, at_most=AT_MOST_PEER)
 
     rounds = len(times[BARE])
-    cached = {n: [mean(run[1:]) for run in runs[n].steps[-rounds:]] for n in (EXACT, theirs)}
-    cached[BARE] = times[BARE]
-    out.add(case, f"a cached step, {EXACT}", median(cached[EXACT]), "s")
+    step_ = {n: [mean(run[1:]) for run in runs[n].steps[-rounds:]] for n in (EXACT, theirs)}
+    step_[BARE] = times[BARE]
+    out.add(case, f"a cached step, {EXACT}", median(step_[EXACT]), "s")
     for name in (theirs, BARE):
-        about = beside(EXACT, name, cached)
-        out.add(case, f"a cached step, {name}", median(cached[name]), "s", **about)
+        about = beside(EXACT, name, step_)
+        out.add(case, f"a cached step, {name}", median(step_[name]), "s", **about)
     over = about["ratio"]
     out.add(case, "a cached step over its bare work", over, "x", at_most=AT_MOST_BARE)
 
