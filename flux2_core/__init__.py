@@ -13,6 +13,7 @@ from .configs import VARIANTS, AutoEncoderConfig, TextEncoderConfig, Transformer
 from .errors import Flux2Error
 from .kv_cache import ReferenceCache
 from .pipeline import Paths, Pipeline
+from .quantised import quantize
 from .references import Reference, Region
 from .sampling import denoise
 from .stream import Controls
@@ -44,5 +45,6 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "positions",
+    "quantize",
     "schedule",
 ]

@@ -6,6 +6,7 @@ list of names. At work a weight is decoded layer by layer, at each use.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import Flux2Error
-from .formats import FORMATS, FP8, MXFP8_BLOCK, NVFP4_BLOCK, Packed
+from .formats import FORMATS, FP8, MXFP8_BLOCK, NVFP4_BLOCK, Packed, encode
 
 State = Mapping[str, "Tensor | Packed"]
 BESIDE = ("comfy_quant", "weight_scale", "weight_scale_2", "input_scale")
@@ -216,3 +217,22 @@ def install(network: nn.Module, state: State, dtype: torch.dtype) -> dict[str, T
         else:
             plain[name] = value.decode(dtype)
     return plain
+
+
+BLOCK_LINEARS = re.compile(r"(double|single)_blocks\..*(qkv|proj|mlp\.[02]|linear[12])")
+ALIASES = {"fp8": "float8_e4m3fn", "int8": "int8_tensorwise"}
+
+
+def quantize(network: nn.Module, format: str = "fp8") -> nn.Module:
+    """The transformer's block linears in another format, in place: fp8 and int8 with a scale for
+    each row, nvfp4, mxfp8. All else stays as it is. Raises Flux2Error for a format that is only read."""
+    form = ALIASES.get(format, format)
+    layers = [
+        name
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Linear) and BLOCK_LINEARS.fullmatch(name)
+    ]
+    for name in layers:
+        weight = network.get_submodule(name).weight
+        network.set_submodule(name, QuantLinear(encode(weight.detach(), form)))
+    return network

@@ -10,7 +10,7 @@ from flux2_pack.flux2_core.checkpoint import load_transformer, read_state_dict
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.formats import CHUNK, Packed, encode
 from flux2_pack.flux2_core.keymaps import TRANSFORMER, to_diffusers
-from flux2_pack.flux2_core.quantised import QuantLinear
+from flux2_pack.flux2_core.quantised import QuantLinear, quantize
 from flux2_pack.tests.core.toys import KLEIN, inputs, toy
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4", "mxfp8")
@@ -277,3 +277,18 @@ def test_damaged_gguf_files_are_refused(tmp_path, plain):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(Flux2Error):
             load_transformer(path)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "nvfp4", "mxfp8"])
+def test_quantize_takes_the_block_linears_and_nothing_else(plain, name):
+    model = toy(KLEIN).bfloat16()
+    assert quantize(model, name) is model
+    packed = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert packed == {n.removesuffix(".weight") for n in plain if n.endswith(BLOCKS)}
+    wanted = encode(plain["single_blocks.0.linear1.weight"], model.single_blocks[0].linear1.format)
+    assert torch.equal(model.single_blocks[0].linear1.packed.decode(), wanted.decode())
+
+
+def test_quantize_refuses_what_is_only_read():
+    with pytest.raises(Flux2Error, match="not written here"):
+        quantize(toy(KLEIN), "gguf Q8_0")
