@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import files_gguf
 from .autoencoder import AutoEncoder, detect_autoencoder
 from .configs import (
     TEXT_ENCODERS,
@@ -26,7 +27,7 @@ from .configs import (
 from .errors import Flux2Error
 from .files import Checkpoint, open_checkpoint
 from .formats import Packed
-from .keymaps import AUTOENCODER, SPELLINGS, TRANSFORMER, to_bfl
+from .keymaps import AUTOENCODER, SPELLINGS, TRANSFORMER, from_llama_cpp, to_bfl
 from .quantised import check_names, gather, install
 from .recognise import stranger
 from .text_encoder import TextEncoder, detect_text_encoder
@@ -116,6 +117,9 @@ def read_text_encoder(
     checkpoint = open_checkpoint(locate(path, kind), kind)
     names, config = _text_layout(checkpoint)
     state = checkpoint.load({n: stored for n, stored in names.items() if _is_read(n, config)})
+    if checkpoint.metadata.get("general.architecture") in files_gguf.ROTATED:
+        for name in (n for n in state if n.endswith(("q_proj.weight", "k_proj.weight"))):
+            state[name] = files_gguf.restore_rotary(state[name], config.head_dim)
     state = gather(state, checkpoint.metadata, checkpoint.path.name)
     with torch.device("meta"):
         check_keys(state, TextEncoder(config).state_dict(), checkpoint.path.name)
@@ -279,6 +283,8 @@ def _select(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
     tensors = checkpoint.tensors
     if kind == "vae" and tensors.keys() >= DECODER_ALONE:
         return {name: name for name in tensors}
+    if kind == "text_encoder" and (names := from_llama_cpp(tensors)):
+        return names
     for mark in MARKS[kind]:
         prefixes = [name.removesuffix(mark) for name in tensors if name.endswith(mark)]
         if prefixes:

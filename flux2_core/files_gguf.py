@@ -11,6 +11,7 @@ from .errors import Flux2Error
 from .formats import Packed
 from .formats_gguf import TYPES
 
+ROTATED = ("llama", "mistral3")  # architectures whose query and key rows stand in another order
 PLAIN = {"F32": torch.float32, "F16": torch.float16}
 FAULTS = (
     ValueError, KeyError, IndexError, OverflowError, TypeError, AttributeError, MemoryError, OSError,
@@ -73,3 +74,15 @@ def _tensor(found) -> Tensor | Packed:
         rows = data.reshape(1, -1)
         return TYPES[kind].decode(rows.reshape(-1, TYPES[kind].bytes)).reshape(shape).bfloat16()
     return Packed(f"gguf {kind}", (shape[0], shape[1]), {"weight": data})
+
+
+def restore_rotary(weight: Tensor | Packed, head_dim: int) -> Tensor | Packed:
+    """The rows of a query or key projection as Hugging Face has them.
+
+    llama.cpp's files of the Llama and Mistral families pair neighbouring rows of a head, where
+    Hugging Face pairs row i with row i + D / 2. Rows move whole, so quantised ones stay exact.
+    """
+    rows = torch.arange(weight.shape[0]).reshape(-1, head_dim // 2, 2).mT.flatten()
+    if isinstance(weight, Packed):
+        return Packed(weight.format, weight.shape, {"weight": weight.parts["weight"][rows]})
+    return weight[rows]

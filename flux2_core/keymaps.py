@@ -113,6 +113,23 @@ SPELLINGS = (
     Rule("{x}.key_norm.scale", "{x}.key_norm.weight"),
 )
 
+# Language models: Hugging Face's names, without prefix, and llama.cpp's in GGUF files.
+LLAMA_CPP = tuple(
+    Rule(*row)
+    for row in (
+        ("embed_tokens.weight", "token_embd.weight"),
+        ("norm.weight", "output_norm.weight"),
+        ("layers.{n}.self_attn.{qkv}_proj.weight", "blk.{n}.attn_{qkv}.weight"),
+        ("layers.{n}.self_attn.o_proj.weight", "blk.{n}.attn_output.weight"),
+        ("layers.{n}.self_attn.{qkv}_norm.weight", "blk.{n}.attn_{qkv}_norm.weight"),
+        ("layers.{n}.input_layernorm.weight", "blk.{n}.attn_norm.weight"),
+        ("layers.{n}.post_attention_layernorm.weight", "blk.{n}.ffn_norm.weight"),
+        ("layers.{n}.mlp.gate_proj.weight", "blk.{n}.ffn_gate.weight"),
+        ("layers.{n}.mlp.up_proj.weight", "blk.{n}.ffn_up.weight"),
+        ("layers.{n}.mlp.down_proj.weight", "blk.{n}.ffn_down.weight"),
+    )
+)
+
 FIELDS = {
     "n": r"\d+",
     "m": r"\d+",
@@ -145,6 +162,12 @@ def to_bfl(state: Mapping[str, Weight], rules: Iterable[Rule]) -> dict[str, Weig
         else:
             out.update((key, state[key]) for key in thirds.values())
     return out
+
+
+def from_llama_cpp(names: Iterable[str]) -> dict[str, str]:
+    """{Hugging Face's name: llama.cpp's} of the tensors that a text encoder has."""
+    found = ((_find(LLAMA_CPP, name, 1), name) for name in names)
+    return {rule.bfl.format(**fields): name for (rule, fields), name in found if rule}
 
 
 def to_diffusers(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ STRANGERS = (
     (r"(encoder|decoder)\.conv_(in|out)\.", "a VAE"),
     (r"text_model\.encoder|encoder\.block\.0\.layer\.0", "a CLIP or T5 text encoder"),
     (r"layers\.0\.mlp\.gate_proj", "a text encoder"),
-    (r"^token_embd\.", "a text encoder as GGUF, which is not read yet; .safetensors is"),
+    (r"^token_embd\.", "a text encoder"),
 )
 
 

@@ -19,10 +19,10 @@ NANO = "nano (built in)"
 
 
 def files(folder: str) -> list[str]:
-    """The safetensors files of one of the host's model folders; GGUF files too where it has models,
-    which the host's own list leaves out."""
+    """The safetensors files of one of the host's model folders; GGUF files too where they
+    may be, which the host's own list leaves out."""
     names = [n for n in folder_paths.get_filename_list(folder) if n.endswith(".safetensors")]
-    if folder == "diffusion_models":
+    if folder in ("diffusion_models", "text_encoders"):
         found = (folder_paths.recursive_search(p)[0] for p in folder_paths.get_folder_paths(folder))
         names += sorted({name for some in found for name in some if name.endswith(GGUF)})
     return names

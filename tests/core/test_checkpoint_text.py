@@ -1,5 +1,7 @@
 """Loading text encoders: the layouts they come in, what is left in the file, where words are from."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -11,6 +13,7 @@ from flux2_pack.flux2_core.formats import encode
 from flux2_pack.flux2_core.nano.vocabulary import tokenizer_json
 from flux2_pack.flux2_core.quantised import QuantLinear
 from flux2_pack.flux2_core.text_encoder import TextEncoder
+from flux2_pack.flux2_core.tokenizer import nano_tokenizer
 
 PREFIXES = [
     "model.",
@@ -165,6 +168,63 @@ def test_a_quantised_one(tmp_path, encoder):
     loaded = load_text_encoder(save(tmp_path, state, tokenizer_json=tokenizer_json()))
     assert isinstance(loaded.get_submodule(name), QuantLinear)
     assert torch.equal(loaded.get_submodule(name).packed.decode(), packed.decode())
+
+
+LLAMA = {
+    "model.embed_tokens": "token_embd",
+    "model.layers.": "blk.",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "input_layernorm": "attn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def as_llama_cpp(weight, heads):
+    """What llama.cpp's converter does to query and key rows of the Llama family."""
+    rows, columns = weight.shape
+    return (
+        weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_gguf(tmp_path, family):
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    config = NANO_TEXT
+    if family == "llama":
+        config = replace(config, qk_norm=False, heads=2, kv_heads=1, head_dim=128)
+    torch.manual_seed(0)
+    state = TextEncoder(config).state_dict()
+    writer, wanted = gguf.GGUFWriter(tmp_path / "text.gguf", family), {}
+    for name, tensor in state.items():
+        heads = {"q_proj": config.heads, "k_proj": config.kv_heads}.get(name.split(".")[-2])
+        form = gguf.GGMLQuantizationType["Q8_0" if tensor.ndim == 2 else "F32"]
+        codes = gguf.quants.quantize(tensor.numpy(), form)
+        wanted[name] = torch.from_numpy(gguf.quants.dequantize(codes, form))
+        if family == "llama" and heads:
+            codes = gguf.quants.quantize(as_llama_cpp(tensor, heads).contiguous().numpy(), form)
+        for ours, theirs in LLAMA.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, codes, raw_dtype=form)
+    writer.add_tensor("output_norm.weight", torch.ones(128).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model = load_text_encoder(tmp_path / "text.gguf", nano_tokenizer(), dtype=torch.float32)
+    plain = TextEncoder(model.config).requires_grad_(False)
+    plain.load_state_dict(wanted)
+    plain.tokenizer = model.tokenizer
+    prompt = ["a red circle left on white background"]
+    assert torch.equal(model.encode(prompt), plain.encode(prompt))
 
 
 def test_as_a_transformer(tmp_path, encoder):
