@@ -105,6 +105,7 @@ def plan() -> dict[str, tuple[np.ndarray, int, int]]:
     files = {
         "one_64": (singles, 64, 64),
         "one_128": (singles, 128, 128),
+        "two_64": (some(5000, 1.0, 1), 64, 64),
         "two_128": (some(5000, 1.0, 1), 128, 128),
     }
     for i, (width, height) in enumerate(sizes(16, 3)):
@@ -137,6 +138,8 @@ def build(teacher: Path, pool: Path, part: int = 0, parts: int = 1) -> None:
     net.load_state_dict(load_file(teacher / "taef2_encoder.safetensors"))
     net = net.bfloat16().to(memory_format=torch.channels_last)
     for name, (labels, width, height) in plan().items():
+        if complete(pool, name):
+            continue
         cuts = np.array_split(np.arange(len(labels)), parts if len(labels) > 500 else 1)
         for i, cut in enumerate(cuts):
             file = pool / (f"{name}.{i}of{len(cuts)}.pt")
@@ -157,11 +160,19 @@ def hash_of(name: str) -> int:
     return sum(name.encode())
 
 
+def complete(pool: Path, name: str) -> list[Path]:
+    """The files of a set in order, if all its parts are there; however many parts it was cut into."""
+    for last in pool.glob(f"{name}.*.pt"):
+        count = int(last.name.split(".")[1].split("of")[1])
+        parts = [pool / f"{name}.{i}of{count}.pt" for i in range(count)]
+        if all(part.exists() for part in parts):
+            return parts
+    return []
+
+
 def load(pool: Path, name: str) -> dict[str, torch.Tensor]:
     """A pool set, its parts joined; pixels left on disk."""
-    parts = sorted(
-        pool.glob(f"{name}.*.pt"), key=lambda p: int(p.name.split(".")[1].split("of")[0])
-    )
+    parts = complete(pool, name)
     data = [torch.load(p, mmap=True) for p in parts]
     return {key: torch.cat([d[key] for d in data]) for key in ("labels", "latents")}
 
