@@ -58,8 +58,7 @@ class Client:
         keep: Callable[[Result], None] | None = None,
     ) -> Result:
         """See the package's documentation. Raises HostedError, and what the callbacks raise."""
-        settings, scrub = self._settings, self._settings.key.scrub
-        told = progress or _nothing
+        settings = self._settings
         ceilings = (_lower(settings.per_run, per_run), _lower(settings.per_day, per_day))
         pace = Pace(
             self._timing,
@@ -67,7 +66,7 @@ class Client:
             self._clock,
             self._now,
             check or _nothing,
-            lambda share, state: told(share, scrub(state)),
+            progress or _nothing,
         )
         fingerprint = request.fingerprint(settings.base)
         self._journal.sweep()
@@ -87,7 +86,7 @@ class Client:
                 entry, resumed = await Submission(run).obtain(run_id, ceilings)
                 result = await Waiting(run, entry).result(resumed)
         except HostedError as error:
-            error.hide(scrub)
+            error.hide(settings.key.scrub)
             raise
         if keep:
             keep(result)

@@ -46,7 +46,7 @@ def private_folder(path: Path) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Replace a file in one step, readable by its owner alone, and safe against a power cut."""
     try:
-        write_bytes(path, json.dumps(value, indent=1).encode(), 0o600)
+        write_bytes(path, json.dumps(value).encode(), 0o600)
     except OSError as error:
         raise _unusable(path, error) from None
 

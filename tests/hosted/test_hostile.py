@@ -74,7 +74,8 @@ def test_what_is_no_whole_picture_is_refused(server, tmp_path, monkeypatch, data
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     server.paint = lambda fields: data
     text = refused(server, tmp_path, "download")
-    assert says in text or "cut short" in text or "damaged" in text, text
+    same = {"damaged", "cut short"} if "megapixels" not in says else {says}
+    assert any(words in text for words in same | {says}), text
     assert "cost nothing" in text
     assert server.paid == 1
 

@@ -92,6 +92,24 @@ def test_who_gives_up_waiting_gives_his_turn_back(server, tmp_path):
     assert asyncio.run(scene()) == ["first", "third", "last"]
 
 
+def test_a_turn_that_comes_too_late_goes_to_the_next():
+    turns = Turns(1)
+
+    async def use():
+        async with turns.turn(lambda: None):
+            pass
+
+    async def scene():
+        async with turns.turn(lambda: None):
+            late = asyncio.ensure_future(use())
+            await asyncio.sleep(0)
+        late.cancel()  # the place is on its way to it
+        await asyncio.gather(late, return_exceptions=True)
+        await asyncio.wait_for(use(), 5)
+
+    asyncio.run(scene())
+
+
 def wait_for(seen, seconds=20):
     until = time.monotonic() + seconds
     while not seen():
