@@ -157,7 +157,7 @@ class HostTransformer(Flux2Transformer):
 
     def _post_input(self, s: HostStream, context, references, controls: HostControls):
         """Let patches change the sequence before its positions are turned into angles."""
-        if s.memory is not None or s.layout.rows is not None or controls.cache is not None:
+        if controls.references or controls.regions or controls.cache is not None:
             raise Flux2Error(
                 "Another node changes the model's sequence, which controlled references cannot follow",
                 "a post_input patch, for instance of Flux KV Cache",
