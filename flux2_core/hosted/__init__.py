@@ -47,7 +47,8 @@ read_settings(region="global", environ=os.environ) -> Settings
     may choose. Settings: `origin` (scheme://host[:port]), `region`, `per_run`, `per_day`,
     `folder`; the key never shows in its repr, in errors or in any file.
 
-Client(settings, *, timing=Timing(), sleep=asyncio.sleep, clock=time.monotonic, now=time.time)
+Client(settings, *, timing=Timing(), sleep=asyncio.sleep, clock=time.monotonic, now=time.time,
+       turns=the queue of this process)
     client.spent() -> Spending: `today`, `left_today` in cents (Decimal), for a line on a node.
     client.waiting(request) -> bool: a paid task of these very inputs waits to be fetched: running
         it again costs nothing.
@@ -58,13 +59,14 @@ Client(settings, *, timing=Timing(), sleep=asyncio.sleep, clock=time.monotonic, 
             alone. per_run, per_day: cents; they can only lower the settings' ceilings.
         progress(share, state): share in [0, 1] or None, state a word for people.
         check(): called four times a second at least, may raise to interrupt; the task stays in the
-            journal, so the same inputs go on with it later.
+            journal, so the same inputs go on with it later. A submission on its way is finished
+            first: it may be paid.
         keep(result): called before the journal forgets the task: save the file there, then no
             crash can lose it.
         At most 24 tasks of this process are with the service at a time; the others wait their turn.
 
 Result: `data` (the bytes as they came), `format` ("png", "jpeg", "webp"), `width`, `height`,
-    `endpoint`, `task_id`, `seed`, `prompt` (the one used), `price` (Price, before), `cost`
+    `endpoint`, `region`, `task_id`, `seed`, `prompt` (the one used), `price` (Price, before), `cost`
     (Decimal cents reported, or None), `resumed`, `cost_text` (one line for people);
     image() -> (H, W, 3) float tensor in [0, 1]; manifest() -> dict for JSON;
     save(path) -> Path: writes `data` untouched, with the format's suffix, and the manifest beside

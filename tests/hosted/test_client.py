@@ -1,17 +1,21 @@
 """A hosted run against a real server that speaks the protocol and misbehaves: every state and code
 has its outcome and its sentence, nothing is paid twice, and no run ends in a made-up picture."""
 
+import ast
 import asyncio
 import email.utils
 import itertools
 import json
 import logging
+import sys
 import traceback
 from collections import deque
+from pathlib import Path
 
 import pytest
 
-from flux2_pack.flux2_core.hosted import HostedError, Timing
+from flux2_pack.flux2_core import hosted
+from flux2_pack.flux2_core.hosted import HostedError, Timing, estimate
 from flux2_pack.tests.hosted.harness import Clock, ask, client_for, files_of, run
 from flux2_pack.tests.hosted.server import (
     KEY,
@@ -268,6 +272,16 @@ def test_an_unreachable_service_is_tried_again_then_told(tmp_path):
     text = fails(server, tmp_path, "network", client)
     assert "no connection" in text and "nothing was charged" in text
     assert client.spent().today == 0 and tasks_kept(tmp_path) == []
+
+
+def test_aiohttp_is_needed_when_a_request_is_sent_and_only_then(server, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    client = client_for(server, tmp_path)
+    assert estimate(ask()).cents and client.spent().today == 0 and not client.waiting(ask())
+    assert "pip install aiohttp" in fails(server, tmp_path, "network", client)
+    for file in Path(hosted.__file__).parent.glob("*.py"):
+        top = [n for n in ast.parse(file.read_text("utf-8")).body if isinstance(n, ast.Import)]
+        assert not {a.name for n in top for a in n.names} & {"aiohttp", "yarl"}, file.name
 
 
 def test_an_expired_link_is_renewed_by_another_poll(server, tmp_path):
