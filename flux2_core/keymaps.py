@@ -148,7 +148,7 @@ def to_bfl(state: Mapping[str, Weight], rules: Iterable[Rule]) -> dict[str, Weig
     """
     out, parts, last = {}, {}, _last(state, r"decoder\.up_blocks\.(\d+)\.")
     for key, tensor in state.items():
-        rule, fields = _find(rules, key, 1)
+        rule, fields = match(rules, key, 1)
         if rule is None:
             out[key] = tensor
         elif rule.edit == "fuse":
@@ -166,7 +166,7 @@ def to_bfl(state: Mapping[str, Weight], rules: Iterable[Rule]) -> dict[str, Weig
 
 def from_llama_cpp(names: Iterable[str]) -> dict[str, str]:
     """{Hugging Face's name: llama.cpp's} of the tensors that a text encoder has."""
-    found = ((_find(LLAMA_CPP, name, 1), name) for name in names)
+    found = ((match(LLAMA_CPP, name, 1), name) for name in names)
     return {rule.bfl.format(**fields): name for (rule, fields), name in found if rule}
 
 
@@ -174,7 +174,7 @@ def to_diffusers(state: Mapping[str, Tensor], rules: Iterable[Rule]) -> dict[str
     """The inverse of `to_bfl`. Tensors are views of the given ones, except swapped halves."""
     out, last = {}, _last(state, r"decoder\.up\.(\d+)\.")
     for key, tensor in state.items():
-        rule, fields = _find(rules, key, 0)
+        rule, fields = match(rules, key, 0)
         if rule is None:
             out[key] = tensor
         elif rule.edit == "fuse":
@@ -217,11 +217,11 @@ def _turn(fields: dict[str, str], last: int) -> dict[str, str]:
     return fields | {"n": str(last - int(fields["n"]))}
 
 
-def _find(rules: Iterable[Rule], key: str, side: int) -> tuple[Rule | None, dict[str, str]]:
+def match(rules: Iterable[Rule], key: str, side: int) -> tuple[Rule | None, dict[str, str]]:
     """The first rule whose name on `side` (0 BFL, 1 diffusers) fits, and what its placeholders hold."""
     for rule in rules:
-        if match := _pattern(rule[side]).fullmatch(key):
-            return rule, match.groupdict()
+        if found := _pattern(rule[side]).fullmatch(key):
+            return rule, found.groupdict()
     return None, {}
 
 

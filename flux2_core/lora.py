@@ -1,0 +1,305 @@
+"""LoRA and its relatives, in every dialect, onto plain and quantised layers.
+
+delta = strength * (alpha / rank) * B A; without alpha the factor is 1. LoKr is a Kronecker product,
+whose alpha counts only where a factor is itself a product; LoHa an elementwise product of two
+products; DoRA rescales the rows of the changed weight. Source: LoRA (2106.09685), LyCORIS
+(2309.14859), DoRA (2402.09353).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configs import VARIANTS, TransformerConfig
+from .errors import Flux2Error
+from .files import open_checkpoint
+from .lora_names import TEXT_ENCODERS, Place, split, table, without_prefix
+from .quantised import QuantLinear
+
+LINEAR = (nn.Linear, QuantLinear)
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """The change of one layer, or of some of its rows; `parts` as `lora_names.split` calls them."""
+
+    place: Place
+    parts: Mapping[str, Tensor]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank, where the change is a product of that rank."""
+        rank = self._rank()
+        alpha = self.parts.get("alpha")
+        return 1.0 if alpha is None or rank is None else float(alpha) / rank
+
+    def _rank(self) -> int | None:
+        for part in ("A", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+            if part in self.parts:
+                return self.parts[part].shape[0]
+        return None
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B) with the scale in B, where the change is a plain product; else None."""
+        if "A" not in self.parts or "B" not in self.parts or "dora" in self.parts:
+            return None
+        return self.parts["A"].flatten(1), self._swapped(self.parts["B"].flatten(1)) * self.scale
+
+    def matrix(self, weight: Tensor | None = None) -> Tensor:
+        """-> float32 (rows, in). DoRA needs the `weight` of those rows."""
+        p = {name: tensor.float() for name, tensor in self.parts.items()}
+        if "diff" in p:
+            delta = p["diff"].flatten(1)
+        elif "A" in p:
+            delta = p["B"].flatten(1) @ p["A"].flatten(1) * self.scale
+        elif "hada_w1_a" in p:
+            delta = (
+                _product(p, "hada_w1", "hada_t1") * _product(p, "hada_w2", "hada_t2") * self.scale
+            )
+        else:
+            delta = (
+                torch.kron(_product(p, "lokr_w1"), _product(p, "lokr_w2", "lokr_t2")) * self.scale
+            )
+        delta = self._swapped(delta)
+        if "dora" not in p:
+            return delta
+        if weight is None:
+            raise ValueError("DoRA changes a weight that must be given")
+        changed = weight.float() + delta
+        size = (
+            p["dora"].reshape(-1, 1)
+            if p["dora"].numel() == len(changed)
+            else p["dora"].reshape(1, -1)
+        )
+        norm = changed.norm(dim=1 if size.shape[0] > 1 else 0, keepdim=True)
+        return (
+            changed * (self._swapped(size) if size.shape[0] > 1 else size) / norm - weight.float()
+        )
+
+    def _swapped(self, rows: Tensor) -> Tensor:
+        return torch.cat(rows.chunk(2)[::-1]) if self.place.swap else rows
+
+    def span(self, width: int) -> slice:
+        """The rows that change, in a model of this width."""
+        if self.place.rows is None:
+            return slice(None)
+        return slice(self.place.rows[0] * width, self.place.rows[1] * width)
+
+
+def _product(p: Mapping[str, Tensor], name: str, core: str = "") -> Tensor:
+    """A factor: whole, or a product of two, with a Tucker core or without."""
+    if name in p:
+        return p[name].flatten(1)
+    a, b = p[f"{name}_a"], p[f"{name}_b"]
+    if core in p:
+        return torch.einsum("ij...,jr,ip->pr...", p[core], b, a).flatten(1)
+    return a @ b
+
+
+@dataclass
+class Report:
+    """What became of a file's keys. `str` says it in plain sentences."""
+
+    file: str
+    used: int = 0
+    layers: int = 0
+    converted: int = 0  # of those used, the ones under another name than BFL's
+    skipped: dict[str, str] = field(default_factory=dict)  # key -> reason
+    relative: float | None = None  # ||change|| / ||weights||, at strength 1
+
+    def __str__(self) -> str:
+        said = f"{self.file}: {self.used} tensors change {self.layers} layers"
+        if self.converted:
+            said += f", {self.converted} of them under other names than the model's"
+        if self.relative is not None:
+            said += f"; at strength 1 they move these layers' weights by {self.relative:.2%}"
+        lines = [said + "."]
+        for reason in dict.fromkeys(self.skipped.values()):
+            keys = [key for key, why in self.skipped.items() if why == reason]
+            more = " ..." if len(keys) > 3 else ""
+            lines.append(
+                f"Skipped {len(keys)}, {reason}: {', '.join(k[:90] for k in keys[:3])}{more}."
+            )
+        return " ".join(lines)
+
+
+def read(
+    path: str | Path, config: TransformerConfig, shapes: Mapping[str, tuple[int, int]]
+) -> tuple[list[Delta], Report]:
+    """A LoRA file, for a model with these linear layers (BFL name -> (out, in)).
+
+    Raises Flux2Error for a file that is no LoRA, one for another model or another model size.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    report = Report(checkpoint.path.name)
+    known, found = table(shapes), {}
+    for key in checkpoint.tensors:
+        parted = split(key)
+        name = without_prefix(parted[0]) if parted else ""
+        if key.startswith(TEXT_ENCODERS):
+            report.skipped[key] = "for a text encoder"
+        elif key.endswith((".diff_b", ".bias")):
+            report.skipped[key] = "a bias, which FLUX.2 does not have"
+        elif parted is None:
+            report.skipped[key] = "not a part of a LoRA that is known here"
+        elif name not in known:
+            report.skipped[key] = "for a layer that this model does not have"
+        else:
+            found.setdefault(known[name], {})[parted[1]] = key
+            report.converted += name != known[name].layer
+    deltas = []
+    for place, keys in found.items():
+        if reason := _incomplete(keys):
+            report.skipped |= dict.fromkeys(keys.values(), reason)
+            continue
+        parts = {part: tensor for part, tensor in checkpoint.load(keys).items()}
+        deltas.append(Delta(place, parts))
+        report.used += len(keys)
+    _check(deltas, config, shapes, report, len(checkpoint.tensors))
+    report.layers = len({delta.place.layer for delta in deltas})
+    return deltas, report
+
+
+def _incomplete(keys: Mapping[str, str]) -> str:
+    """Why these parts do not make a change; "" if they do."""
+    if "diff" in keys or {"A", "B"} <= keys.keys() or ("hada_w2_b" in keys and "hada_w1_b" in keys):
+        return ""
+    whole = all(
+        {w} <= keys.keys() or {f"{w}_a", f"{w}_b"} <= keys.keys() for w in ("lokr_w1", "lokr_w2")
+    )
+    return "" if whole else "one half of a pair is missing"
+
+
+def _check(deltas, config: TransformerConfig, shapes, report: Report, count: int) -> None:
+    if not deltas:
+        raise Flux2Error(
+            f"{report.file} changes nothing in this model",
+            f"{count} tensors: " + "; ".join(dict.fromkeys(report.skipped.values())),
+            "Choose a LoRA that was trained on this FLUX.2",
+        )
+    for delta in deltas:
+        rows, columns = shapes[delta.place.layer]
+        if delta.place.rows is not None:
+            rows = (delta.place.rows[1] - delta.place.rows[0]) * config.hidden_size
+        seen = _shape(delta)
+        if seen != (rows, columns):
+            made = _size_of(delta, seen[1])
+            raise Flux2Error(
+                f"{report.file} was made for {made}, not for this model",
+                f"{delta.place.layer} is changed as {seen[0]} x {seen[1]}, here it is {rows} x {columns}",
+                f"Choose a LoRA for {_label(config.hidden_size)}",
+            )
+
+
+def _shape(delta: Delta) -> tuple[int, int]:
+    p = delta.parts
+    if "diff" in p:
+        return p["diff"].shape[0], p["diff"].flatten(1).shape[1]
+    if "A" in p:
+        return p["B"].shape[0], p["A"].flatten(1).shape[1]
+    if "hada_w1_a" in p:
+        tucker = "hada_t1" in p
+        return p["hada_w1_a"].shape[1 if tucker else 0], p["hada_w1_b"].shape[1]
+    high, wide = 1, 1
+    for w in ("lokr_w1", "lokr_w2"):
+        a, b = p.get(w, p.get(f"{w}_a")), p.get(w, p.get(f"{w}_b"))
+        high, wide = high * a.shape[0], wide * b.flatten(1).shape[1]
+    return high, wide
+
+
+def _size_of(delta: Delta, columns: int) -> str:
+    """The model that a change of this width fits, in words."""
+    ratio = {"mlp.2": 3, "linear2": 4}
+    factor = next((n for end, n in ratio.items() if delta.place.layer.endswith(end)), 1)
+    return _label(columns // factor)
+
+
+def _label(width: int) -> str:
+    fits = [v for v in VARIANTS.values() if v.transformer.hidden_size == width]
+    return f"{fits[0].label} (width {width})" if fits else f"a model of width {width}"
+
+
+def linears(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """BFL name -> (out, in) of a transformer's linear layers."""
+    layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LINEAR))
+    sizes = ((n, m.shape if isinstance(m, QuantLinear) else m.weight.shape) for n, m in layers)
+    return {name: (size[0], size[1]) for name, size in sizes}
+
+
+class Applied:
+    """A LoRA at work beside a model's layers: y += strength * B (A x). Its weights stay as they
+    are, quantised ones too; `strength` may be changed, `remove` takes it off without a trace."""
+
+    def __init__(self, model: nn.Module, deltas: Iterable[Delta], report: Report, strength: float):
+        self.report, self.strength = report, strength
+        width = model.config.hidden_size
+        self.hooks = []
+        for delta in deltas:
+            layer = model.get_submodule(delta.place.layer)
+            branch = Branch(delta, layer, width)
+            self.hooks.append(layer.register_forward_hook(self._hook(branch)))
+
+    def _hook(self, branch: "Branch"):
+        return lambda layer, args, out: branch(args[0], out, self.strength)
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+class Branch:
+    """One change beside its layer: low rank where it is a product, else the whole matrix."""
+
+    def __init__(self, delta: Delta, layer: nn.Module, width: int):
+        self.rows = delta.span(width)
+        factors = delta.factors
+        if factors is None:
+            weight = layer.packed.decode() if isinstance(layer, QuantLinear) else layer.weight
+            factors = (delta.matrix(weight[self.rows]),)
+        self.factors = factors
+
+    def __call__(self, x: Tensor, out: Tensor, strength: float) -> Tensor:
+        if not strength:
+            return out
+        y = x
+        for factor in self.factors:
+            y = F.linear(y, factor.to(x))
+        if self.rows == slice(None):
+            return out + strength * y
+        out = out.clone()
+        out[..., self.rows] += strength * y
+        return out
+
+
+def apply(model: nn.Module, path: str | Path, strength: float = 1.0) -> Applied:
+    """A LoRA file onto a Flux2Transformer, in place; several add up. `str` of the result is the
+    report. Raises Flux2Error as `read` does."""
+    deltas, report = read(path, model.config, linears(model))
+    report.relative = relative(model, deltas)
+    return Applied(model, deltas, report, strength)
+
+
+def relative(model: nn.Module, deltas: Iterable[Delta]) -> float:
+    """||change|| / ||weight|| (Frobenius) over the layers that change, at strength 1."""
+    changes, weights = 0.0, 0.0
+    for delta in deltas:
+        layer = model.get_submodule(delta.place.layer)
+        whole = layer.packed.decode() if isinstance(layer, QuantLinear) else layer.weight
+        weight = whole[delta.span(model.config.hidden_size)].float()
+        factors = delta.factors
+        if factors is None:
+            changes += float(delta.matrix(weight).square().sum())
+        else:  # ||B A||^2 = sum of (A A') * (B' B): no matrix of the layer's size is made
+            a, b = (f.float() for f in factors)
+            changes += float(((a @ a.mT) * (b.mT @ b)).sum())
+        weights += float(weight.square().sum())
+    return (max(changes, 0.0) / weights) ** 0.5 if weights else 0.0
