@@ -6,8 +6,9 @@ products; DoRA rescales the rows of the changed weight. Source: LoRA (2106.09685
 (2309.14859), DoRA (2402.09353).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -241,7 +242,7 @@ class Applied:
         self.hooks = []
         for delta in deltas:
             layer = model.get_submodule(delta.place.layer)
-            branch = Branch(delta, layer, width)
+            branch = Branch(delta, partial(weight_of, layer), width)
             self.hooks.append(layer.register_forward_hook(self._hook(branch)))
 
     def _hook(self, branch: "Branch"):
@@ -257,14 +258,16 @@ class Applied:
 
 
 class Branch:
-    """One change beside its layer: low rank where it is a product, else the whole matrix."""
+    """One change beside its layer: low rank where it is a product, else the whole matrix.
 
-    def __init__(self, delta: Delta, layer: nn.Module, width: int):
+    `weight` gives the layer's whole weight, which DoRA needs; `width` is the model's.
+    """
+
+    def __init__(self, delta: Delta, weight: Callable[[], Tensor], width: int):
         self.rows = delta.span(width)
         factors = delta.factors
         if factors is None:
-            weight = layer.packed.decode() if isinstance(layer, QuantLinear) else layer.weight
-            factors = (delta.matrix(weight[self.rows]),)
+            factors = (delta.matrix(weight()[self.rows] if "dora" in delta.parts else None),)
         self.factors = factors
 
     def __call__(self, x: Tensor, out: Tensor, strength: float) -> Tensor:
@@ -284,22 +287,26 @@ def apply(model: nn.Module, path: str | Path, strength: float = 1.0) -> Applied:
     """A LoRA file onto a Flux2Transformer, in place; several add up. `str` of the result is the
     report. Raises Flux2Error as `read` does."""
     deltas, report = read(path, model.config, linears(model))
-    report.relative = relative(model, deltas)
+    weights = (weight_of(model.get_submodule(delta.place.layer)) for delta in deltas)
+    report.relative = relative(deltas, weights, model.config.hidden_size)
     return Applied(model, deltas, report, strength)
 
 
-def relative(model: nn.Module, deltas: Iterable[Delta]) -> float:
-    """||change|| / ||weight|| (Frobenius) over the layers that change, at strength 1."""
-    changes, weights = 0.0, 0.0
-    for delta in deltas:
-        layer = model.get_submodule(delta.place.layer)
-        whole = layer.packed.decode() if isinstance(layer, QuantLinear) else layer.weight
-        weight = whole[delta.span(model.config.hidden_size)].float()
+def weight_of(layer: nn.Module) -> Tensor:
+    """A linear layer's matrix, decoded where it is quantised."""
+    return layer.packed.decode() if isinstance(layer, QuantLinear) else layer.weight
+
+
+def relative(deltas: Iterable[Delta], weights: Iterable[Tensor], width: int) -> float:
+    """||change|| / ||weight|| (Frobenius) over layers and the rows that change, at strength 1."""
+    changes, total = 0.0, 0.0
+    for delta, whole in zip(deltas, weights, strict=True):
+        weight = whole[delta.span(width)].float()
         factors = delta.factors
         if factors is None:
             changes += float(delta.matrix(weight).square().sum())
         else:  # ||B A||^2 = sum of (A A') * (B' B): no matrix of the layer's size is made
             a, b = (f.float() for f in factors)
             changes += float(((a @ a.mT) * (b.mT @ b)).sum())
-        weights += float(weight.square().sum())
-    return (max(changes, 0.0) / weights) ** 0.5 if weights else 0.0
+        total += float(weight.square().sum())
+    return (max(changes, 0.0) / total) ** 0.5 if total else 0.0

@@ -10,6 +10,7 @@ from .loaders import (
     Flux2KitTextEncoderLoader,
     Flux2KitVAELoader,
 )
+from .lora import Flux2KitLoRA
 from .plan import Flux2KitReferencePlan
 from .prompt import Flux2KitPrompt
 from .references import Flux2KitApplyReferences, Flux2KitReference
@@ -22,6 +23,7 @@ NODES = [
     Flux2KitModelLoader,
     Flux2KitVAELoader,
     Flux2KitTextEncoderLoader,
+    Flux2KitLoRA,
     Flux2KitPrompt,
     Flux2KitReference,
     Flux2KitApplyReferences,

@@ -20,9 +20,13 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
-    """y = x W'. `weight` holds codes (or, while patched, numbers); scales are buffers beside it."""
+    """y = x W'. `weight` holds codes (or, while patched, numbers); scales are buffers beside it.
+
+    `branches` are changes beside it, (x, y) -> y: our LoRAs, which need no other weights.
+    """
 
     bias = None
+    branches: tuple = ()
 
     def __init__(self, packed: Packed, dtype: torch.dtype):
         super().__init__()
@@ -57,7 +61,10 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
                 weight = change(weight)
         finally:
             self._decoded = False
-        return F.linear(x, weight.to(x.dtype))
+        out = F.linear(x, weight.to(x.dtype))
+        for branch in self.branches:
+            out = branch(x, out)
+        return out
 
     def _changes(self) -> list:
         """What the host wants done to an offloaded weight."""
