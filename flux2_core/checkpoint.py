@@ -143,7 +143,7 @@ def text_encoder_config(path: str | Path) -> TextEncoderConfig:
 
 def _text_layout(checkpoint: Checkpoint) -> tuple[dict[str, str], TextEncoderConfig]:
     """-> {Hugging Face name: name in the file}, config."""
-    selected = _select(checkpoint, "text_encoder")
+    selected = select(checkpoint, "text_encoder")
     names = {f"model.{name}": stored for name, stored in selected.items()}
     entries = {name: checkpoint.tensors[stored] for name, stored in names.items()}
     check_names({name: entry.dtype for name, entry in entries.items()}, checkpoint.path.name)
@@ -273,12 +273,12 @@ def _custom(config: TransformerConfig) -> Variant:
 
 def _state(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
     """The weights of one network in a file that may hold several."""
-    state = checkpoint.load(_select(checkpoint, kind))
+    state = checkpoint.load(select(checkpoint, kind))
     state = gather(state, checkpoint.metadata, checkpoint.path.name)
     return state if state.keys() >= DECODER_ALONE else to_bfl(state, RULES[kind])
 
 
-def _select(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
+def select(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
     """{name without prefix: name in the file} of the network that has the kind's mark."""
     tensors = checkpoint.tensors
     if kind == "vae" and tensors.keys() >= DECODER_ALONE:

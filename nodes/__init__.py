@@ -3,6 +3,7 @@
 from .cache import Flux2KitReferenceCache
 from .examples import Flux2KitExamplePicture
 from .flex import Flux2KitFlex
+from .info import Flux2KitCheckpointInfo
 from .latents import Flux2KitEmptyLatent, Flux2KitVAEDecode, Flux2KitVAEEncode
 from .loaders import (
     Flux2KitLoader,
@@ -16,6 +17,7 @@ from .prompt import Flux2KitPrompt
 from .references import Flux2KitApplyReferences, Flux2KitReference
 from .regions import Flux2KitRegionPrompt
 from .sampling import Flux2KitSampler
+from .save import Flux2KitSaveQuantized
 from .schema import ComfyExtension
 
 NODES = [
@@ -24,6 +26,8 @@ NODES = [
     Flux2KitVAELoader,
     Flux2KitTextEncoderLoader,
     Flux2KitLoRA,
+    Flux2KitCheckpointInfo,
+    Flux2KitSaveQuantized,
     Flux2KitPrompt,
     Flux2KitReference,
     Flux2KitApplyReferences,

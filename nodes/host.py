@@ -9,13 +9,14 @@ from pathlib import Path
 
 import folder_paths
 
-from ..flux2_core.checkpoint import choose_variant
+from ..flux2_core.checkpoint import NANO_FILES, choose_variant
 from ..flux2_core.configs import TransformerConfig, Variant
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.files import GGUF
 from ..flux2_core.transformer import encoder_for
 
 NANO = "nano (built in)"
+NANO_FILE = str(NANO_FILES["transformer"])
 
 
 def files(folder: str) -> list[str]:

@@ -10,6 +10,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from server import PromptServer
 
 from ..flux2_core.estimate import Clock, calibrate
+from ..flux2_core.info import Info
 from ..flux2_core.kv_cache import ReferenceCache
 from .host import config_of
 from .host_controls import CACHE, KV, is_ours
@@ -79,3 +80,24 @@ def show(hidden, text: str) -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None and hidden is not None and hidden.unique_id is not None:
         server.send_progress_text(text, hidden.unique_id)
+
+
+def room_for(info: Info) -> list[str]:
+    """What this computer will do with a file: sentences for the report."""
+    if info.kind not in ("transformer", "text encoder"):
+        return []
+    device = memory.get_torch_device()
+    free, total = memory.get_free_memory(device), memory.get_total_memory(device)
+    fits = info.bytes < free
+    how = (
+        "fits as a whole"
+        if fits
+        else "does not fit as a whole: layers wait in main memory and come as they are used"
+    )
+    lines = [
+        f"On {device}: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free; it needs "
+        f"{info.bytes / 1e9:.2f} GB for its weights and {how}."
+    ]
+    if any(word in str(info) for word in ("fp8", "NVFP4", "INT8", "GGUF")):
+        lines.append("Quantised layers are decoded one by one, at each use.")
+    return lines

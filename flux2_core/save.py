@@ -1,0 +1,104 @@
+"""Quantised files, written layer by layer: the whole model is never in memory twice.
+
+Block linears are quantised, all else is bf16. Formats are declared twice: a `comfy_quant` note
+beside each layer, and `_quantization_metadata` in the header.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import Flux2Error
+from .formats import FORMATS, Packed, encode
+from .quantised import ALIASES, BLOCK_LINEARS
+
+NAMES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
+    torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+Weight = Callable[[], "Tensor | Packed"]
+
+
+def save_quantized(
+    weights: Mapping[str, Weight],
+    path: str | Path,
+    format: str = "fp8",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """{BFL name: what gives the weight} -> a new safetensors file; never over another.
+
+    `format`: fp8 (e4m3, a scale for each layer), int8 (a scale for each row), nvfp4 or mxfp8. A
+    weight that is packed in this format already keeps its codes. Raises Flux2Error for a format that
+    is not written, and where the file exists.
+    """
+    form, path = ALIASES.get(format, format), Path(path)
+    if form not in FORMATS or FORMATS[form].encode is None:
+        raise Flux2Error("This format is not written here", format, "Use fp8, int8, nvfp4 or mxfp8")
+    if path.exists():
+        raise Flux2Error("A file of this name exists", path.name, "Choose another name")
+    layers = [n.removesuffix(".weight") for n in weights if _is_block(n)]
+    said = {"format_version": "1.0", "layers": {n: {"format": form} for n in layers}}
+    about = {**(metadata or {}), "_quantization_metadata": json.dumps(said)}
+    scratch = path.with_name(path.name + ".part")
+    try:
+        write(scratch, _tensors(weights, form), about)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return path
+
+
+def _is_block(name: str) -> bool:
+    return name.endswith(".weight") and bool(BLOCK_LINEARS.fullmatch(name.removesuffix(".weight")))
+
+
+def _tensors(weights: Mapping[str, Weight], form: str) -> Iterator[tuple[str, Tensor]]:
+    note = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    for name, get in weights.items():
+        value = get()
+        if not _is_block(name):
+            plain = value.decode() if isinstance(value, Packed) else value
+            yield name, plain.bfloat16()
+            continue
+        layer = name.removesuffix("weight")
+        if not (isinstance(value, Packed) and value.format == form):
+            value = _encode(value.decode() if isinstance(value, Packed) else value, form)
+        yield from ((layer + part, tensor) for part, tensor in value.parts.items())
+        yield layer + "comfy_quant", note
+
+
+def _encode(weight: Tensor, form: str) -> Packed:
+    """fp8 with one scale for the layer, which every reader knows; the others as they are."""
+    if form != "float8_e4m3fn":
+        return encode(weight, form)
+    scale = (weight.float().abs().amax() / 448.0).clamp_min(1e-12)
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    shape = (weight.shape[0], weight.shape[1])
+    return Packed(form, shape, {"weight": codes, "weight_scale": scale})
+
+
+def write(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> None:
+    """A safetensors file from tensors that come one by one. Twice the data is written: the header,
+    which comes first, is only known at the end."""
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
+    at, body = 0, path.with_name(path.name + ".data")
+    try:
+        with body.open("wb") as out:
+            for name, tensor in tensors:
+                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                out.write(raw.data)
+                span = {"shape": list(tensor.shape), "data_offsets": [at, at + raw.size]}
+                table[name] = {"dtype": NAMES[tensor.dtype], **span}
+                at += raw.size
+        head = json.dumps(table).encode()
+        head += b" " * (-len(head) % 8)
+        with path.open("wb") as out, body.open("rb") as data:
+            out.write(struct.pack("<Q", len(head)) + head)
+            while piece := data.read(2**26):
+                out.write(piece)
+    finally:
+        body.unlink(missing_ok=True)
