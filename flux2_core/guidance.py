@@ -30,6 +30,26 @@ def split(variant: Variant, guidance: float | None) -> tuple[float | None, float
     return None, value if variant.guidance_kind == "cfg" else 1.0
 
 
+def advice(variant: Variant, steps: int | None = None, guidance: float | None = None) -> list[str]:
+    """Plain-word warnings about steps and guidance that this variant was not trained for; 0 and
+    None are what it wants."""
+    said = []
+    if variant.guidance_kind == "none":
+        if steps and steps > 2 * variant.steps:
+            said.append(
+                f"{variant.label} is distilled for {variant.steps} steps: {steps} take longer and may "
+                "look worse."
+            )
+        if guidance and guidance != 1:
+            said.append(f"{variant.label} takes no guidance: the value {guidance:g} does nothing.")
+    elif steps and variant.steps >= 20 and steps < 10:
+        said.append(
+            f"{variant.label} is not distilled: with {steps} steps pictures stay rough, it wants "
+            f"{variant.steps}. If this file is a distilled one, choose its variant in the loader."
+        )
+    return said
+
+
 def check_negative(variant: Variant, scale: float, has_negative: bool) -> None:
     """Raise where CFG is asked for and there is nothing to steer away from."""
     if scale != 1.0 and not has_negative:

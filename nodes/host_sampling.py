@@ -1,6 +1,7 @@
 """Guider, sigmas, noise and the sampling call: what FLUX.2 Sampler and Flex share."""
 
 import inspect
+import logging
 
 import comfy.model_management as memory
 import comfy.sample
@@ -12,11 +13,13 @@ from torch import Tensor
 
 from ..flux2_core import latents, schedule
 from ..flux2_core.errors import Flux2Error
-from ..flux2_core.guidance import check_negative, split
+from ..flux2_core.guidance import advice, check_negative, split
 from ..flux2_core.sampling import check_finite
 from .host import check_text, config_of, variant_of, with_values
 from .host_controls import check_host_model
 from .host_preview import progress
+
+log = logging.getLogger(__name__)
 
 
 class Guider(comfy.samplers.CFGGuider):
@@ -47,6 +50,8 @@ def guider(model, positive, negative, guidance: float) -> Guider:
     conditioning then counts. Raises Flux2Error for texts and models that do not fit."""
     variant, config = variant_of(model), config_of(model)
     check_host_model(model, positive, negative)
+    for sentence in advice(variant, guidance=guidance):
+        log.warning(sentence)
     embedded, scale = split(variant, guidance)
     for text, _ in positive + (negative or []):
         check_text(text.shape[-1], config)
@@ -62,6 +67,8 @@ def guider(model, positive, negative, guidance: float) -> Guider:
 def sigmas(model, latent: dict, steps: int, denoise: float = 1.0) -> Tensor:
     """The schedule for a latent's size; `steps` 0 is what the variant wants. With `denoise` below 1
     it is the end of a longer one, so that as many steps are run."""
+    for sentence in advice(variant_of(model), steps=steps):
+        log.warning(sentence)
     steps = steps or variant_of(model).steps
     height, width = latent["samples"].shape[-2:]
     ratio = latent.get("downscale_ratio_spacial", latents.PIXELS)

@@ -7,7 +7,7 @@ from PIL import Image
 from flux2_pack.flux2_core import configs, latents, schedule
 from flux2_pack.flux2_core.autoencoder import AutoEncoder
 from flux2_pack.flux2_core.errors import Flux2Error
-from flux2_pack.flux2_core.guidance import cfg, check_negative, split, velocity
+from flux2_pack.flux2_core.guidance import advice, cfg, check_negative, split, velocity
 from flux2_pack.flux2_core.pipeline import Pipeline
 from flux2_pack.flux2_core.sampling import denoise
 from flux2_pack.flux2_core.text_encoder import TextEncoder
@@ -55,6 +55,26 @@ def test_a_negative_is_asked_for():
     check_negative(V["klein-4b"], 1.0, False)
     with pytest.raises(Flux2Error, match=r"klein base 4B needs a negative prompt at guidance 4"):
         check_negative(V["klein-base-4b"], 4.0, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance", "words"),
+    [
+        ("klein-4b", 50, None, ["distilled for 4 steps: 50"]),
+        ("klein-4b", 4, 5.0, ["the value 5 does nothing"]),
+        ("klein-9b-kv", 30, 3.5, ["distilled for 4 steps", "does nothing"]),
+        ("klein-4b", 8, 1.0, []),
+        ("klein-base-4b", 4, 4.0, ["is not distilled: with 4 steps"]),
+        ("dev", 8, None, ["is not distilled: with 8 steps"]),
+        ("dev", 28, 2.5, []),
+        ("nano", 4, 3.0, []),
+        ("klein-4b", 0, 0.0, []),
+    ],
+)
+def test_advice_about_steps_and_guidance(name, steps, guidance, words):
+    said = advice(V[name], steps, guidance)
+    assert len(said) == len(words)
+    assert all(word in sentence for word, sentence in zip(words, said, strict=True))
 
 
 def test_euler_is_exact_on_a_straight_path():
