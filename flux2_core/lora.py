@@ -6,6 +6,7 @@ products; DoRA rescales the rows of the changed weight. Source: LoRA (2106.09685
 (2309.14859), DoRA (2402.09353).
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -155,7 +156,8 @@ def read(
             report.converted += name != known[name].layer
     deltas = []
     for place, keys in found.items():
-        if reason := _incomplete(keys):
+        alpha = checkpoint.tensors[keys["alpha"]].shape if "alpha" in keys else ()
+        if reason := _incomplete(keys) or (math.prod(alpha) != 1 and "an alpha that is no number"):
             report.skipped |= dict.fromkeys(keys.values(), reason)
             continue
         parts = {part: tensor for part, tensor in checkpoint.load(keys).items()}

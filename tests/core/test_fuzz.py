@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flux2_pack.flux2_core import lora
 from flux2_pack.flux2_core.checkpoint import read_state_dict
 from flux2_pack.flux2_core.configs import TransformerConfig
 from flux2_pack.flux2_core.errors import Flux2Error
@@ -16,6 +17,7 @@ from flux2_pack.flux2_core.formats import encode
 from flux2_pack.flux2_core.transformer import Flux2Transformer
 
 TINY = TransformerConfig(128, 8, 1, 1, guidance_embed=False)
+LINEARS = lora.linears(Flux2Transformer(TINY))
 VALUES = (
     -1,
     0,
@@ -114,7 +116,18 @@ def mutate_safetensors(raw: bytes, r: random.Random) -> bytes:
     return struct.pack("<Q", len(table)) + table + rest
 
 
-def run(paths, folder, name, mutate, count, seed):
+def lora_outcome(path) -> str:
+    try:
+        deltas, report = lora.read(path, TINY, LINEARS)
+    except Flux2Error as error:
+        assert len(str(error)) < 1200
+        return str(error)
+    for delta in deltas:
+        delta.matrix(torch.zeros(LINEARS[delta.place.layer])).sum()
+    return "loaded" if not report.skipped else f"skipped {len(report.skipped)}"
+
+
+def run(paths, folder, name, mutate, count, seed, outcome=outcome):
     r, before, seen = random.Random(seed), anonymous(), {"loaded": 0}
     raws = [path.read_bytes() for path in paths]
     for _ in range(count):
@@ -127,6 +140,25 @@ def run(paths, folder, name, mutate, count, seed):
 
 def test_safetensors(files, tmp_path):
     run(files, tmp_path, "a.safetensors", mutate_safetensors, 1200, 1)
+
+
+def test_loras(tmp_path):
+    """A product, a Kronecker product and a rescaled one in a file; whatever is bent, no crash."""
+    tensors = {
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(2, 128),
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_B.weight": torch.ones(384, 2),
+        "diffusion_model.double_blocks.0.img_attn.qkv.alpha": torch.ones(()),
+        "lycoris_single_blocks_0_linear2.lokr_w1": torch.ones(2, 4),
+        "lycoris_single_blocks_0_linear2.lokr_w2_a": torch.ones(64, 2),
+        "lycoris_single_blocks_0_linear2.lokr_w2_b": torch.ones(2, 128),
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, 128),
+        "transformer.x_embedder.lora_B.weight": torch.ones(128, 2),
+        "transformer.x_embedder.dora_scale": torch.ones(128, 1),
+    }
+    save_file(tensors, tmp_path / "whole.safetensors")
+    assert lora_outcome(tmp_path / "whole.safetensors") == "loaded"
+    paths = [tmp_path / "whole.safetensors"]
+    run(paths, tmp_path, "a.safetensors", mutate_safetensors, 600, 4, lora_outcome)
 
 
 def test_lists_of_shards(files, tmp_path):

@@ -314,4 +314,6 @@ def test_ours_works_for_a_batch_on_dev(host):
     model = toy.ours(dev, toy.transformer(toy.DEV))
     positive = prompt(1, guidance=4.0)
     plain = in_host(model, positive, x=noise(2))
-    assert toy.difference(in_host(our_cache(model), positive, x=noise(2)), plain) < 1e-5  # observed 8.3e-7
+    assert (
+        toy.difference(in_host(our_cache(model), positive, x=noise(2)), plain) < 1e-5
+    )  # observed 8.3e-7
