@@ -3,6 +3,7 @@
 from .cache import Flux2KitReferenceCache
 from .examples import Flux2KitExamplePicture
 from .flex import Flux2KitFlex
+from .hosted import Flux2KitHosted, Flux2KitHostedCost
 from .info import Flux2KitCheckpointInfo
 from .latents import Flux2KitEmptyLatent, Flux2KitVAEDecode, Flux2KitVAEEncode
 from .loaders import (
@@ -39,6 +40,8 @@ NODES = [
     Flux2KitSampler,
     Flux2KitVAEEncode,
     Flux2KitVAEDecode,
+    Flux2KitHosted,
+    Flux2KitHostedCost,
     Flux2KitExamplePicture,
 ]
 
