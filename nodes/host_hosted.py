@@ -96,9 +96,9 @@ def _loop() -> asyncio.AbstractEventLoop:
 def check_prefix(prefix: str) -> None:
     """Raise Flux2Error for a place outside the output folder: before anything is paid."""
     folder = Path(folder_paths.get_output_directory()).resolve()
-    name = os.path.basename(os.path.normpath(prefix)) if prefix.strip() else ""
-    target = (folder / os.path.normpath(prefix)).resolve()
-    if not name.strip(". ") or "\0" in prefix or not target.is_relative_to(folder):
+    plain = os.path.normpath(prefix) if prefix.strip() and prefix.isprintable() else ""
+    named = os.path.basename(plain).strip(". ")
+    if not named or not (folder / plain).resolve().is_relative_to(folder):
         raise Flux2Error(
             "Files are saved below ComfyUI's output folder only",
             f"filename_prefix '{prefix}'",

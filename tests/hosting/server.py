@@ -41,14 +41,14 @@ class Server:
     comfyui: the folder with main.py. base: a scratch folder for inputs, outputs, models and user
     data, so that nothing is written into the host. pack: a folder to show under custom_nodes, or
     None where base already holds what is wanted there. cpu: never touch a GPU. flags: more of
-    ComfyUI's own.
+    ComfyUI's own. env: variables of its environment.
     """
 
     def __init__(
-        self, comfyui, base, python=sys.executable, pack=None, port=None, cpu=True, flags=()
+        self, comfyui, base, python=sys.executable, pack=None, port=None, cpu=True, flags=(), env=()
     ):
         self.comfyui, self.base, self.python = Path(comfyui).resolve(), Path(base).resolve(), python
-        self.pack, self.port = pack, port or free_port()
+        self.pack, self.port, self.env = pack, port or free_port(), dict(env)
         self.flags = [*flags, "--cpu"] if cpu else [*flags]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = self.base / "comfyui.log"
@@ -72,6 +72,7 @@ class Server:
             link_folder(Path(self.pack).resolve(), self.base / "custom_nodes" / PROJECT)
         env = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
         env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
+        env.update(self.env)
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 self.command(), cwd=self.comfyui, env=env, stdout=out, stderr=subprocess.STDOUT
@@ -152,11 +153,15 @@ class Server:
             time.sleep(0.1)
         raise TimeoutError(f"No result after {seconds:.0f} s:\n{self.tail()}")
 
-    def saved(self, outputs: dict) -> list[Path]:
-        """The files that output nodes saved (previews left out), in the order of node ids."""
+    def saved(self, outputs: dict, name: str = "") -> list[Path]:
+        """The files that nodes saved (previews left out) whose names begin so, by node id."""
         images = (i for id in sorted(outputs, key=str) for i in outputs[id].get("images", ()))
         folder = self.base / "output"
-        return [folder / i["subfolder"] / i["filename"] for i in images if i["type"] == "output"]
+        return [
+            folder / i["subfolder"] / i["filename"]
+            for i in images
+            if i["type"] == "output" and i["filename"].startswith(name)
+        ]
 
 
 def _failure(entry: dict) -> str:

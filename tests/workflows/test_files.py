@@ -28,10 +28,11 @@ every = pytest.mark.parametrize("name", NAMES)
 
 FIRST = {"text_to_image", "edit_one_reference", "two_references", "ten_references"}
 CONTROLS = {"reference_controls", "regions", "strength_grid", "reference_cache"}
+HOSTED = {"hosted_pro_edit", "hosted_draft_then_flex", "hosted_two_backends"}
 
 
-def test_the_eight():
-    assert set(NAMES) >= FIRST | CONTROLS
+def test_those_that_must_be_there():
+    assert set(NAMES) >= FIRST | CONTROLS | HOSTED
 
 
 @every
@@ -127,14 +128,17 @@ def test_what_it_says_is_what_it_draws(name):
 
     said, names = asked(graph), []
     for node in nodes.values():
-        if node["type"] == "Flux2KitApplyReferences":
+        if node["type"] in ("Flux2KitApplyReferences", "Flux2KitHosted"):
             used = [entry for last in inputs(node, "references") for entry in chain(last)]
             used += [(picture, "") for picture in inputs(node, "image_")]
             names = [Reference(None, label) for _, label in used]
-            assert [picture["widgets_values"][0] for picture, _ in used] == said["references"]
-    texts = (n["widgets_values"][0] for n in nodes.values() if n["type"] == "Flux2KitPrompt")
-    prompts = [said["prompt"], *said.get("regions", ())]
-    assert [resolve(text, names) for text in texts if text] == prompts
+            pictures = [n for n, _ in used if n["type"] != "Flux2KitVAEDecode"]  # a draft
+            shown = said.get("draft", []) + [n["widgets_values"][0] for n in pictures]
+            assert shown == said["references"]
+    place = {"Flux2KitPrompt": 0, "Flux2KitHosted": 1}
+    texts = [n["widgets_values"][place[n["type"]]] for n in nodes.values() if n["type"] in place]
+    prompts = [*said.get("draft", ()), said["prompt"], *said.get("regions", ())]
+    assert list(dict.fromkeys(resolve(text, names) for text in texts if text)) == prompts
     assert bool(names) == bool(said["references"]) and all(verdict.sentences(said))
 
 

@@ -61,7 +61,7 @@ def drawn(server, known):
     def draw(name: str) -> Image.Image:
         if name not in pictures:
             workflow = load(name)
-            (file,) = server.saved(server.run(graph.to_prompt(workflow, known), workflow))
+            (file,) = server.saved(server.run(graph.to_prompt(workflow, known), workflow), name)
             pictures[name] = Image.open(io.BytesIO(file.read_bytes()))
         return pictures[name]
 
