@@ -1,6 +1,8 @@
 """What a weight file is, told from its header: nothing of the weights is read."""
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +16,11 @@ from .keymaps import SPELLINGS, TRANSFORMER, match
 from .lora_names import split
 from .transformer import encoder_for
 
-GROUPS = (  # names of a layer's place, and what begins with them
-    ("double blocks", "double_blocks."),
-    ("single blocks", "single_blocks."),
-    ("the rest", ""),
+GROUPS = (  # a layer's place, and the names that belong to it; the first that fits
+    ("double blocks, attention", re.compile(r"double_blocks\..*attn\.")),
+    ("double blocks, MLP", re.compile(r"double_blocks\.")),
+    ("single blocks", re.compile(r"single_blocks\.")),
+    ("the rest", re.compile("")),
 )
 BESIDE = ("scale", "scale_2", "comfy_quant", "scale_weight", "scale_input", "scaled_fp8")
 
@@ -58,13 +61,13 @@ def _transformer(checkpoint: Checkpoint, tensors: Mapping[str, Entry]) -> Info:
     variant = choose_variant(checkpoint.path, config, checkpoint.metadata)
     size = sum(map(size_of, tensors.values()))
     lines = [
-        f"{checkpoint.path.name}: {variant.label}, {_told(checkpoint, config, variant)}.",
+        f"{checkpoint.path.name}: {variant.label}, {how_told(config, variant, checkpoint.metadata)}.",
         f"Layout: {'diffusers' if theirs else 'Black Forest Labs'}{_prefix(checkpoint)}.",
         f"{_count(config)} parameters, {size / 1e9:.2f} GB.",
-        *(_precision(label, start, bfl) for label, start in GROUPS),
+        *_precision(bfl),
         f"Goes with: {encoder_for(config.context_dim)}; any FLUX.2 VAE.",
     ]
-    return Info("transformer", tuple(line for line in lines if line), variant, size)
+    return Info("transformer", tuple(lines), variant, size)
 
 
 def _bfl(name: str) -> str:
@@ -73,24 +76,26 @@ def _bfl(name: str) -> str:
     return rule.bfl.format(**fields) if rule else name
 
 
-def _told(checkpoint: Checkpoint, config: TransformerConfig, variant: Variant) -> str:
-    """How the variant was told: weights alone cannot tell klein's kinds apart."""
+def how_told(
+    config: TransformerConfig, variant: Variant, metadata: Mapping[str, str], chosen: bool = False
+) -> str:
+    """How the variant was told: weights alone cannot tell klein's kinds apart. `chosen`: by hand."""
     others = [v.label for v in variants_of(config) if v != variant]
     if not others:
         return "told by its shapes" if variant.name in VARIANTS else "a size that no release has"
     try:
-        said = json.loads(checkpoint.metadata.get("flux2_kit", "{}")).get("variant")
+        said = json.loads(metadata.get("flux2_kit", "{}")).get("variant")
     except (ValueError, AttributeError):
         said = None
-    how = "by its metadata" if said else "by its name"
+    how = "as you chose" if chosen else "told by its metadata" if said else "told by its name"
     have = "has" if len(others) == 1 else "have"
-    return f"told {how}; {' and '.join(others)} {have} the same shapes"
+    return f"{how}; {' and '.join(others)} {have} the same shapes"
 
 
 def _prefix(checkpoint: Checkpoint) -> str:
     name = next((n for n in checkpoint.tensors if "single" in n and "blocks" in n), "")
     start = name.split("single_")[0]
-    return f", under {start}" if start else ""
+    return f", under {start.rstrip('.')}" if start else ""
 
 
 def _count(config: TransformerConfig) -> str:
@@ -103,17 +108,18 @@ def _count(config: TransformerConfig) -> str:
     return f"{total / 1e9:.2f} billion" if total >= 1e9 else f"{total / 1e6:.1f} million"
 
 
-def _precision(label: str, start: str, tensors: Mapping[str, Entry]) -> str:
-    """The formats of a group's weights, the most of them first."""
-    known = [s for _, s in GROUPS if s]
-    found: dict[str, int] = {}
+def _precision(tensors: Mapping[str, Entry]) -> list[str]:
+    """A line for each group: the formats of its weights, the most frequent first."""
+    found: dict[str, Counter[str]] = {label: Counter() for label, _ in GROUPS}
     for name, entry in tensors.items():
-        inside = name.startswith(start) if start else not name.startswith(tuple(known))
-        if inside and not name.endswith(BESIDE) and len(entry.shape) > 1:
-            form = format_of(name, tensors)
-            found[form] = found.get(form, 0) + 1
-    order = sorted(found, key=lambda form: -found[form])
-    return f"Precision of {label}: {', '.join(order)}." if order else ""
+        if not name.endswith(BESIDE) and len(entry.shape) > 1:
+            label = next(label for label, names in GROUPS if names.match(name))
+            found[label][format_of(name, tensors)] += 1
+    return [
+        f"Precision of {label}: {', '.join(form for form, _ in forms.most_common())}."
+        for label, forms in found.items()
+        if forms
+    ]
 
 
 def format_of(name: str, tensors: Mapping[str, Entry]) -> str:
@@ -130,7 +136,7 @@ def format_of(name: str, tensors: Mapping[str, Entry]) -> str:
         if scale is None:
             return "fp8, a straight cast"
         return "MXFP8" if scale.dtype in ("U8", "F8_E8M0") else "fp8 with scales"
-    return entry.dtype.lower().replace("f32", "fp32").replace("bf16", "bf16")
+    return {"F32": "fp32", "F16": "fp16"}.get(entry.dtype, entry.dtype.lower())
 
 
 def size_of(entry: Entry) -> int:

@@ -20,6 +20,7 @@ NAMES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
     torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
+ROWS = "fp8_rows"
 Weight = Callable[[], "Tensor | Packed"]
 
 
@@ -31,13 +32,16 @@ def save_quantized(
 ) -> Path:
     """{BFL name: what gives the weight} -> a new safetensors file; never over another.
 
-    `format`: fp8 (e4m3, a scale for each layer), int8 (a scale for each row), nvfp4 or mxfp8. A
-    weight that is packed in this format already keeps its codes. Raises Flux2Error for a format that
-    is not written, and where the file exists.
+    `format`: fp8 (e4m3, a scale for each layer), fp8_rows and int8 (a scale for each row), nvfp4 or
+    mxfp8. A weight that is packed in this format already keeps its codes. Raises Flux2Error for a
+    format that is not written, where the file exists, and where the disk does not take it.
     """
-    form, path = ALIASES.get(format, format), Path(path)
+    rows, path = format == ROWS, Path(path)
+    form = ALIASES.get("fp8" if rows else format, format)
     if form not in FORMATS or FORMATS[form].encode is None:
-        raise Flux2Error("This format is not written here", format, "Use fp8, int8, nvfp4 or mxfp8")
+        raise Flux2Error(
+            "This format is not written here", format, "Use fp8, fp8_rows, int8, nvfp4 or mxfp8"
+        )
     if path.exists():
         raise Flux2Error("A file of this name exists", path.name, "Choose another name")
     layers = [n.removesuffix(".weight") for n in weights if _is_block(n)]
@@ -45,8 +49,14 @@ def save_quantized(
     about = {**(metadata or {}), "_quantization_metadata": json.dumps(said)}
     scratch = path.with_name(path.name + ".part")
     try:
-        write(scratch, _tensors(weights, form), about)
+        write(scratch, _tensors(weights, form, rows), about, room(weights, about))
         scratch.replace(path)
+    except OSError as error:
+        raise Flux2Error(
+            "The file could not be written",
+            f"{path.name}: {error.strerror}",
+            "Free space on the disk",
+        ) from error
     finally:
         scratch.unlink(missing_ok=True)
     return path
@@ -56,7 +66,14 @@ def _is_block(name: str) -> bool:
     return name.endswith(".weight") and bool(BLOCK_LINEARS.fullmatch(name.removesuffix(".weight")))
 
 
-def _tensors(weights: Mapping[str, Weight], form: str) -> Iterator[tuple[str, Tensor]]:
+def room(weights: Mapping[str, Weight], metadata: Mapping[str, str]) -> int:
+    """Bytes that are enough for the header: a weight becomes up to five tensors, and a line of the
+    header is its name, its dtype, its shape and two offsets."""
+    names = sum(5 * (len(json.dumps(name)) + 200) for name in weights)
+    return (len(json.dumps(dict(metadata))) + names + 64) // 8 * 8
+
+
+def _tensors(weights: Mapping[str, Weight], form: str, rows: bool) -> Iterator[tuple[str, Tensor]]:
     note = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
     for name, get in weights.items():
         value = get()
@@ -66,14 +83,14 @@ def _tensors(weights: Mapping[str, Weight], form: str) -> Iterator[tuple[str, Te
             continue
         layer = name.removesuffix("weight")
         if not (isinstance(value, Packed) and value.format == form):
-            value = _encode(value.decode() if isinstance(value, Packed) else value, form)
+            value = _encode(value.decode() if isinstance(value, Packed) else value, form, rows)
         yield from ((layer + part, tensor) for part, tensor in value.parts.items())
         yield layer + "comfy_quant", note
 
 
-def _encode(weight: Tensor, form: str) -> Packed:
+def _encode(weight: Tensor, form: str, rows: bool) -> Packed:
     """fp8 with one scale for the layer, which every reader knows; the others as they are."""
-    if form != "float8_e4m3fn":
+    if form != "float8_e4m3fn" or rows:
         return encode(weight, form)
     scale = (weight.float().abs().amax() / 448.0).clamp_min(1e-12)
     codes = (weight.float() / scale).to(torch.float8_e4m3fn)
@@ -81,24 +98,23 @@ def _encode(weight: Tensor, form: str) -> Packed:
     return Packed(form, shape, {"weight": codes, "weight_scale": scale})
 
 
-def write(path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> None:
-    """A safetensors file from tensors that come one by one. Twice the data is written: the header,
-    which comes first, is only known at the end."""
+def write(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str], room: int
+) -> None:
+    """A safetensors file from tensors that come one by one. The header comes first and is known
+    last: `room` bytes are left for it, and what it does not need stays blank, as the format allows."""
     table: dict[str, object] = {"__metadata__": dict(metadata)}
-    at, body = 0, path.with_name(path.name + ".data")
-    try:
-        with body.open("wb") as out:
-            for name, tensor in tensors:
-                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                out.write(raw.data)
-                span = {"shape": list(tensor.shape), "data_offsets": [at, at + raw.size]}
-                table[name] = {"dtype": NAMES[tensor.dtype], **span}
-                at += raw.size
+    at = 0
+    with path.open("wb") as out:
+        out.seek(8 + room)
+        for name, tensor in tensors:
+            raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            out.write(raw.data)
+            span = {"shape": list(tensor.shape), "data_offsets": [at, at + raw.size]}
+            table[name] = {"dtype": NAMES[tensor.dtype], **span}
+            at += raw.size
         head = json.dumps(table).encode()
-        head += b" " * (-len(head) % 8)
-        with path.open("wb") as out, body.open("rb") as data:
-            out.write(struct.pack("<Q", len(head)) + head)
-            while piece := data.read(2**26):
-                out.write(piece)
-    finally:
-        body.unlink(missing_ok=True)
+        if len(head) > room:
+            raise ValueError(f"a header of {len(head)} bytes, room for {room}")
+        out.seek(0)
+        out.write(struct.pack("<Q", room) + head.ljust(room))

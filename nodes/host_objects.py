@@ -3,7 +3,9 @@
 CLIP and VAE objects are filled without the host's constructors, which only know fixed widths.
 """
 
+import logging
 from functools import partial
+from pathlib import Path
 
 import comfy.hooks
 import comfy.model_management as memory
@@ -16,8 +18,11 @@ import torch
 from ..flux2_core.autoencoder import AutoEncoder
 from ..flux2_core.checkpoint import choose_variant, locate, read_state_dict
 from ..flux2_core.configs import TransformerConfig, Variant
+from ..flux2_core.info import how_told
 from . import host_quant
 from .host_model import Config, Model
+
+log = logging.getLogger(__name__)
 
 
 def patch(module, *, load_device, offload_device, reload: tuple, disable_dynamic: bool = False):
@@ -44,6 +49,8 @@ def load_model(path: str, variant: str | None = None, disable_dynamic: bool = Fa
     """A transformer file, or "nano" -> MODEL. `variant` None: what the file says."""
     state, metadata, config = read_state_dict(path, "transformer")
     chosen = choose_variant(locate(path, "transformer"), config, metadata, variant)
+    told = how_told(config, chosen, metadata, variant is not None)
+    log.info("%s is %s, %s.", Path(path).name, chosen.label, told)
     reload = (load_model, (path, variant))
     return build_model(chosen.transformer, state, chosen, reload, disable_dynamic=disable_dynamic)
 

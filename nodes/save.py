@@ -3,7 +3,7 @@
 from . import host_save
 from .schema import Schema, io, ui
 
-FORMATS = ["fp8", "int8", "nvfp4", "mxfp8"]
+FORMATS = ["fp8", "fp8_rows", "int8", "nvfp4", "mxfp8"]
 
 
 class Flux2KitSaveQuantized(io.ComfyNode):
@@ -23,7 +23,8 @@ class Flux2KitSaveQuantized(io.ComfyNode):
                     options=FORMATS,
                     default="fp8",
                     tooltip="fp8 is read by every FLUX.2 loader, and fastest on cards from Ada on. "
-                    "int8 is the most exact, nvfp4 the smallest.",
+                    "fp8_rows has a scale for each row: a little more exact. int8 is the most "
+                    "exact, nvfp4 the smallest.",
                 ),
                 io.String.Input(
                     "name",

@@ -1,6 +1,7 @@
 """What a file's header tells."""
 
 import json
+import re
 import struct
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_released_model(tmp_path):
     assert "FLUX.2 klein base 4B, told by its name; FLUX.2 klein 4B has the same shapes" in said
     assert "3.88 billion parameters, 7.75 GB" in said
     assert "Layout: Black Forest Labs." in said and "Qwen3 4B (klein 4B)" in said
-    assert "Precision of double blocks: bf16." in said
+    assert "Precision of double blocks, attention: bf16." in said
 
 
 def test_metadata_tells_more_than_a_name(tmp_path):
@@ -76,7 +77,9 @@ def test_precision_of_each_group(tmp_path, form, word):
     save_file(state, tmp_path / "a.safetensors")
     said = str(describe(tmp_path / "a.safetensors"))
     assert f"Precision of single blocks: {word}." in said
-    assert "Precision of double blocks: bf16." in said and "Precision of the rest: bf16." in said
+    assert "Precision of double blocks, attention: bf16." in said
+    assert "Precision of double blocks, MLP: bf16." in said
+    assert "Precision of the rest: bf16." in said
 
 
 def test_diffusers_layout_and_prefixes(tmp_path):
@@ -88,7 +91,7 @@ def test_diffusers_layout_and_prefixes(tmp_path):
         {f"model.diffusion_model.{k}": v for k, v in state.items()}, tmp_path / "b.safetensors"
     )
     said = str(describe(tmp_path / "b.safetensors"))
-    assert "Layout: Black Forest Labs, under model.diffusion_model.." in said
+    assert "Layout: Black Forest Labs, under model.diffusion_model." in said
 
 
 def test_the_other_kinds(tmp_path):
@@ -103,3 +106,50 @@ def test_what_is_nothing_of_flux2s(tmp_path):
     save_file({"joint_blocks.0.x": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(Flux2Error, match="Stable Diffusion 3"):
         describe(tmp_path / "a.safetensors")
+
+
+def test_dev_in_mixed_precision(tmp_path):
+    """As the released fp8mixed file: attention of the double blocks in bf16, their MLP in fp8."""
+    state = {}
+    for name, tensor in toy(KLEIN).state_dict().items():
+        layer = name.removesuffix("weight")
+        if re.match(r"double_blocks\..*mlp|single_blocks\..*linear", name):
+            state |= {layer + k: v for k, v in encode(tensor, "float8_e4m3fn").parts.items()}
+        else:
+            state[name] = tensor.bfloat16()
+    save_file(state, tmp_path / "a.safetensors")
+    said = str(describe(tmp_path / "a.safetensors"))
+    assert "Precision of double blocks, attention: bf16." in said
+    assert "Precision of double blocks, MLP: fp8 with scales." in said
+
+
+def test_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "flux")
+    for name, tensor in toy(KLEIN).state_dict().items():
+        block = BLOCK_LINEARS.fullmatch(name.removesuffix(".weight"))
+        form = gguf.GGMLQuantizationType["Q8_0" if block else "F32"]
+        codes = gguf.quants.quantize(tensor.float().numpy(), form)
+        writer.add_tensor(name, codes, raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    info = describe(tmp_path / "a.gguf")
+    assert "Precision of single blocks: GGUF Q8_0." in str(info)
+    assert "Precision of the rest: GGUF F32." in str(info)
+    assert info.bytes == sum(t.n_bytes for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors)
+
+
+def test_shards(tmp_path):
+    state = toy(KLEIN).state_dict()
+    halves = list(state)[::2], list(state)[1::2]
+    index = {}
+    for i, names in enumerate(halves):
+        save_file({n: state[n] for n in names}, tmp_path / f"part-{i}.safetensors")
+        index |= dict.fromkeys(names, f"part-{i}.safetensors")
+    path = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    for given in (path, tmp_path):
+        info = describe(given)
+        assert info.bytes == sum(t.numel() * t.element_size() for t in state.values())

@@ -1,10 +1,14 @@
 """Checkpoint Info and Save Quantized in the host."""
 
+import logging
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.quantised import ALIASES
 from flux2_pack.tests.nodes import toy
 
 pytestmark = pytest.mark.host
@@ -34,14 +38,11 @@ def test_info(host, model):
     assert "nano" in said
 
 
-@pytest.mark.parametrize("form", ["fp8", "int8", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("form", ["fp8", "fp8_rows", "int8", "nvfp4", "mxfp8"])
 def test_what_is_saved_is_what_is_loaded(host, model, output, form):
-    import shutil
-
     (path,) = host.call("Flux2KitSaveQuantized", model=model, format=form, name=f"sub/toy-{form}")
     assert path == str(output / "sub" / f"toy-{form}_00001.safetensors")
-    shutil.copy(path, host.models("diffusion_models") / f"saved-{form}.safetensors")
-    (loaded,) = host.call("Flux2KitModelLoader", model=f"saved-{form}.safetensors")
+    (loaded,) = host.call("Flux2KitModelLoader", model=_placed(host, path, form))
     whole, packed = toy.sampled(model), toy.sampled(loaded)
     error = ((packed - whole).norm() / whole.norm()).item()
     assert 0 < error < {"nvfp4": 0.2}.get(form, 0.05)
@@ -55,21 +56,47 @@ def test_what_is_saved_is_what_is_loaded(host, model, output, form):
     )
 
 
-@torch.inference_mode()  # as the host runs everything
-def test_the_hosts_own_loader_reads_fp8(host, model, output):
-    import comfy.sd
-    import comfy.utils
+def test_the_loader_says_what_it_took_a_file_for(host, model, caplog):
+    with caplog.at_level(logging.INFO):
+        host.call("Flux2KitModelLoader", model="toy-klein.safetensors")
+        host.call("Flux2KitModelLoader", model="nano (built in)")
+    assert "toy-klein.safetensors is FLUX.2 (custom), a size that no release has." in caplog.text
+    assert "nano is nano (built in), told by its shapes." in caplog.text
 
-    (path,) = host.call("Flux2KitSaveQuantized", model=model, format="fp8", name="for-the-host")
+
+@torch.inference_mode()  # as the host runs everything
+@pytest.mark.parametrize("form", ["fp8", "fp8_rows", "int8", "nvfp4", "mxfp8"])
+def test_the_hosts_own_loader_reads_it(host, model, output, form):
+    import comfy.utils
+    from comfy import quant_ops
+
+    if form not in ("fp8", "fp8_rows") and ALIASES.get(form, form) not in quant_ops.QUANT_ALGOS:
+        pytest.skip(f"this host has no {form}")
+    (path,) = host.call("Flux2KitSaveQuantized", model=model, format=form, name="for-the-host")
     state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     with toy.heads_from_width():
-        try:
-            theirs = comfy.sd.load_diffusion_model_state_dict(state, {}, metadata=metadata)
-        except TypeError:  # older hosts find what they need in the state dict
-            theirs = comfy.sd.load_diffusion_model_state_dict(state, {})
-    whole = toy.sampled(model)
-    error = ((toy.sampled(theirs) - whole).norm() / whole.norm()).item()
-    assert 0 < error < 0.05
+        theirs = _load(state, metadata)
+    (ours,) = host.call("Flux2KitModelLoader", model=_placed(host, path, form))
+    whole, other, mine = toy.sampled(model), toy.sampled(theirs), toy.sampled(ours)
+    scale = whole.norm()
+    assert 0 < ((other - whole).norm() / scale).item() < {"nvfp4": 0.2}.get(form, 0.05)
+    # both decode alike: 2e-6 apart; the host's int8 rounds activations too: 0.017
+    assert ((other - mine).norm() / scale).item() < {"int8": 0.04}.get(form, 1e-4)
+
+
+def _load(state, metadata):
+    import comfy.sd
+
+    try:
+        return comfy.sd.load_diffusion_model_state_dict(state, {}, metadata=metadata)
+    except TypeError:  # older hosts find what they need in the state dict
+        return comfy.sd.load_diffusion_model_state_dict(state, {})
+
+
+def _placed(host, path, form) -> str:
+    name = f"placed-{form}.safetensors"
+    shutil.copy(path, host.models("diffusion_models") / name)
+    return name
 
 
 def test_refusals(host, model, output):
