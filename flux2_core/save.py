@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import Flux2Error
-from .formats import FORMATS, Packed, encode
+from .formats import FORMATS, FP8, Packed, encode
 from .quantised import ALIASES, BLOCK_LINEARS
 
 NAMES = {
@@ -33,8 +33,8 @@ def save_quantized(
     """{BFL name: what gives the weight} -> a new safetensors file; never over another.
 
     `format`: fp8 (e4m3, a scale for each layer), fp8_rows and int8 (a scale for each row), nvfp4 or
-    mxfp8. A weight that is packed in this format already keeps its codes. Raises Flux2Error for a
-    format that is not written, where the file exists, and where the disk does not take it.
+    mxfp8. A weight that is packed so already keeps its codes. Raises Flux2Error for a format that is
+    not written, where the file exists, and where the disk does not take it.
     """
     rows, path = format == ROWS, Path(path)
     form = ALIASES.get("fp8" if rows else format, format)
@@ -82,10 +82,21 @@ def _tensors(weights: Mapping[str, Weight], form: str, rows: bool) -> Iterator[t
             yield name, plain.bfloat16()
             continue
         layer = name.removesuffix("weight")
-        if not (isinstance(value, Packed) and value.format == form):
+        if not (isinstance(value, Packed) and _stays(value, form, rows)):
             value = _encode(value.decode() if isinstance(value, Packed) else value, form, rows)
-        yield from ((layer + part, tensor) for part, tensor in value.parts.items())
+        parts = dict(value.parts)
+        if form in FP8:  # a straight cast has no scale, and some readers want one
+            parts.setdefault("weight_scale", torch.ones(()))
+        yield from ((layer + part, tensor) for part, tensor in parts.items())
         yield layer + "comfy_quant", note
+
+
+def _stays(packed: Packed, form: str, rows: bool) -> bool:
+    """Whether codes are written as they are: where a reader wants one scale for the layer, layers
+    with a scale for each row are made anew."""
+    scale = packed.parts.get("weight_scale_2" if form == "nvfp4" else "weight_scale")
+    single = rows or form not in (*FP8, "nvfp4") or scale is None or scale.numel() == 1
+    return packed.format == form and single
 
 
 def _encode(weight: Tensor, form: str, rows: bool) -> Packed:

@@ -23,7 +23,7 @@ class Flux2KitSaveQuantized(io.ComfyNode):
                     options=FORMATS,
                     default="fp8",
                     tooltip="fp8 is read by every FLUX.2 loader, and fastest on cards from Ada on. "
-                    "fp8_rows has a scale for each row: a little more exact. int8 is the most "
+                    "fp8_rows has a scale for each row, for this pack: more exact. int8 is the most "
                     "exact, nvfp4 the smallest.",
                 ),
                 io.String.Input(

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from flux2_pack.flux2_core.checkpoint import load_transformer
 from flux2_pack.flux2_core.errors import Flux2Error
-from flux2_pack.flux2_core.formats import encode
+from flux2_pack.flux2_core.formats import Packed, encode
 from flux2_pack.flux2_core.info import describe
 from flux2_pack.flux2_core.quantised import ALIASES, BLOCK_LINEARS, QuantLinear
 from flux2_pack.flux2_core.save import save_quantized
@@ -87,12 +87,24 @@ def test_weights_are_asked_for_one_at_a_time(tmp_path, state):
     assert most <= 2  # the one being made, and the one just written
 
 
-def test_codes_survive_a_second_saving(tmp_path, state):
-    packed = {n: encode(t, "float8_e4m3fn") if BLOCK_LINEARS.fullmatch(n.removesuffix(".weight"))
-              else t for n, t in state.items()}  # fmt: skip
-    model = load_transformer(saved(packed, tmp_path / "a.safetensors", "fp8"))
-    layer = model.get_submodule(LINEAR.removesuffix(".weight"))
-    assert layer.weight_scale.numel() == state[LINEAR].shape[0]  # rows, as they came
+def test_codes_stay_where_the_scales_are_those_asked_for(tmp_path, state):
+    packed = {
+        n: encode(t, "float8_e4m3fn") if BLOCK_LINEARS.fullmatch(n.removesuffix(".weight")) else t
+        for n, t in state.items()
+    }
+    for form, scales in (("fp8_rows", state[LINEAR].shape[0]), ("fp8", 1)):
+        model = load_transformer(saved(packed, tmp_path / f"{form}.safetensors", form))
+        layer = model.get_submodule(LINEAR.removesuffix(".weight"))
+        same = torch.equal(layer.weight.float(), packed[LINEAR].parts["weight"].float())
+        assert layer.weight_scale.numel() == scales and same == (form == "fp8_rows")
+
+
+def test_a_straight_cast_gets_the_scale_one(tmp_path, state):
+    codes = state[LINEAR].to(torch.float8_e4m3fn)
+    cast = Packed("float8_e4m3fn", tuple(codes.shape), {"weight": codes})
+    layer = load_transformer(saved(dict(state, **{LINEAR: cast}), tmp_path / "a.safetensors"))
+    layer = layer.get_submodule(LINEAR.removesuffix(".weight"))
+    assert layer.weight_scale == 1 and torch.equal(layer.weight.float(), codes.float())
 
 
 def test_refusals_leave_nothing_behind(tmp_path, state):

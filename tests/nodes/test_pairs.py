@@ -57,7 +57,7 @@ def load(host, model, text="pair-text.safetensors", vae="pair-right.safetensors"
     return host.call("Flux2KitLoRA", model=found[0], lora=lora)[0], *found[1:]
 
 
-@pytest.mark.parametrize("model, lora", itertools.product(MODELS, ("none", "small", "wide")))
+@pytest.mark.parametrize("model, lora", [*itertools.product(MODELS, ("none", "small", "wide"))])
 def test_models_text_encoders_and_loras(files, model, lora):
     right_text = MODELS[model].context_dim == 384
     right_lora = lora == "none" or MODELS[lora].hidden_size == MODELS[model].hidden_size
