@@ -291,6 +291,7 @@ def test_files_of_many_at_once_never_meet(host, server, tmp_path):
             self.task_id = f"task-{i}"
 
         def save(self, path):
+            time.sleep(0.02)  # a disk takes its time
             path.with_suffix(".png").write_text(self.task_id)
             return path.with_suffix(".png")
 
