@@ -1,6 +1,6 @@
 """What caches and controls do to nano's pictures, read by the checker.
 
-    python3 dev.py bench controls [--json FILE] [--parts cache,strength,regions] [--cases 100]
+    python3 dev.py bench controls [--json FILE] [--parts cache,strength,regions,steps] [--cases 100]
                                   [--steps 8] [--sheet FILE]
 
 cache: right pictures of nano's reference sets with the exact and the approximate cache, beside none.
@@ -11,6 +11,7 @@ regions: two references, each showing one object on both sides, are bound to the
 half with a prompt for each half, then the other way round. Their objects have swapped where, in both
 pictures, each half's object has more of shape and colour from the reference bound there than from
 the other.
+steps: what is kept of a reference's layout and colour where it acts in a part of the run only.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from flux2_pack.flux2_core import schedule
 from flux2_pack.flux2_core.guidance import Steer
 from flux2_pack.flux2_core.nano import scenes
 from flux2_pack.flux2_core.pipeline import Pipeline
-from flux2_pack.flux2_core.transformer import Controls
+from flux2_pack.flux2_core.references import active
+from flux2_pack.flux2_core.stream import Controls
 from flux2_pack.flux2_core.visibility import ReferenceControl, RegionPrompt
 
 SETS = ("edit", "edit_among", "mix")
@@ -39,6 +41,7 @@ STRENGTHS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 MOST_FALL = 2.0  # points, from one strength to the next, up to 1
 MOST_BELOW = 5.0  # points below stock, from 1 to 3
 LEAST_SWAPPED = 75.0  # per cent
+RANGES = ((0.0, 0.25), (0.0, 0.5), (0.0, 0.75), (0.0, 1.0), (0.25, 1.0), (0.5, 1.0), (0.75, 1.0))
 BATCH = 25
 
 Make = Callable[[], Controls | Steer | None]  # afresh for every batch: a cache starts empty
@@ -218,7 +221,30 @@ def regions(pipe: Pipeline, options, out: report.Report) -> dict[str, list[Image
     return rows
 
 
-PARTS = {"cache": caches, "strength": strengths, "regions": regions}
+# ------------------------------------------------------------------------------------------- steps
+
+
+def steps(pipe: Pipeline, options, out: report.Report) -> dict[str, list[Image.Image]]:
+    """What an edit of the background keeps of its reference, by the steps in which that acts."""
+    todo = [c for c in competing(2 * options.cases) if " on " in c.prompt]
+    sigmas = schedule.sigmas(options.steps, width=128, height=128)
+    rows = {"reference": [scenes.draw(c.references[0], 128, 128) for c in todo]}
+    for start, end in RANGES:
+
+        def at(sigma: float, start=start, end=end) -> Controls:
+            acts = active(start, end, schedule.share(sigmas, sigma))
+            return Controls(references=(ReferenceControl(active=acts),))
+
+        made = drawn(pipe, todo, options.steps, lambda at=at: at)
+        found = [scenes.check(p, c.wanted) for c, p in made]
+        case = f"steps, {len(todo)} edits of the background, {start:.0%} to {end:.0%}"
+        out.add(case, "shape and place kept", share(v.shape and v.place for v in found), "%")
+        out.add(case, "colour kept", share(v.color for v in found), "%")
+        rows[case] = [p for _, p in made]
+    return rows
+
+
+PARTS = {"cache": caches, "strength": strengths, "regions": regions, "steps": steps}
 
 
 @torch.inference_mode()
