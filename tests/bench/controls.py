@@ -10,7 +10,8 @@ colour that the prompt asks for.
 regions: two references, each showing one object on both sides, are bound to the left and the right
 half with a prompt for each half, then the other way round. Their objects have swapped where, in both
 pictures, each half's object has more of shape and colour from the reference bound there than from
-the other.
+the other. Prompt and reference move together here: the same with references unbound says what the
+prompts do alone, and a nano that reads numbers well swaps by them already.
 steps: what is kept of a reference's layout and colour where it acts in a part of the run only.
 """
 
