@@ -35,6 +35,7 @@ from .tokenizer import PromptTokenizer, find_tokenizer
 from .transformer import Flux2Transformer
 
 Network = TypeVar("Network", bound=nn.Module)
+Weights = Mapping[str, Tensor | Packed]
 
 NANO_FILES = {
     kind: Path(__file__).parent / "nano" / f"nano_{name}.safetensors"
@@ -107,7 +108,7 @@ def load_text_encoder(
 
 def read_text_encoder(
     path: str | Path, tokenizer: Any = None, folders: Sequence[str | Path] = ()
-) -> tuple[dict[str, Tensor], TextEncoderConfig, PromptTokenizer]:
+) -> tuple[dict[str, Tensor | Packed], TextEncoderConfig, PromptTokenizer]:
     """-> weights under Hugging Face names, mapped from the file; config; tokenizer.
 
     Layers that FLUX.2 does not read, the last norm, an output head and a vision tower stay in the
@@ -129,10 +130,14 @@ def read_text_encoder(
         config,
         tokenizer,
         metadata=checkpoint.metadata,
-        tekken=checkpoint.load({"": tekken[0]})[""] if tekken else None,
+        tekken=_plain(checkpoint.load({"": tekken[0]})[""]) if tekken else None,
         folders=(file.parent / file.stem, file.parent, *folders),
     )
     return state, config, prompts
+
+
+def _plain(found: Tensor | Packed) -> Tensor:
+    return found.decode() if isinstance(found, Packed) else found
 
 
 def text_encoder_config(path: str | Path) -> TextEncoderConfig:
@@ -157,7 +162,7 @@ def _is_read(name: str, config: TextEncoderConfig) -> bool:
 
 def read_state_dict(
     path: str | Path, kind: str, *, base: str | Path | None = None
-) -> tuple[dict[str, Tensor], Mapping[str, str], Any]:
+) -> tuple[dict[str, Tensor | Packed], Mapping[str, str], Any]:
     """`kind` transformer or vae -> (weights under BFL names, the file's metadata, its config).
 
     The weights are mapped from the file, in its own dtypes, complete and of the right shapes.
@@ -174,7 +179,7 @@ def read_state_dict(
     return state, checkpoint.metadata, config
 
 
-def _meta(kind: str, state: Mapping[str, Tensor], file: str) -> tuple[Any, Mapping[str, Tensor]]:
+def _meta(kind: str, state: Weights, file: str) -> tuple[Any, Mapping[str, Tensor]]:
     """The config that the shapes tell, and the weights it needs, without memory."""
     find, network = NETWORKS[kind]
     try:
@@ -196,7 +201,7 @@ def locate(path: str | Path, kind: str) -> Path:
     return NANO_FILES[kind] if str(path) == "nano" else Path(path)
 
 
-def check_keys(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: str) -> None:
+def check_keys(state: Weights, wanted: Mapping[str, Tensor], file: str) -> None:
     """Raise unless both have the same names and shapes; the error names the first few."""
     missing = [name for name in wanted if name not in state and name not in OPTIONAL]
     extra = [name for name in state if name not in wanted]
@@ -271,7 +276,7 @@ def _custom(config: TransformerConfig) -> Variant:
     )
 
 
-def _state(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor]:
+def _state(checkpoint: Checkpoint, kind: str) -> dict[str, Tensor | Packed]:
     """The weights of one network in a file that may hold several."""
     state = checkpoint.load(select(checkpoint, kind))
     state = gather(state, checkpoint.metadata, checkpoint.path.name)
@@ -293,9 +298,7 @@ def select(checkpoint: Checkpoint, kind: str) -> dict[str, str]:
     raise stranger(tensors, kind, checkpoint.path.name)
 
 
-def _fill(
-    network: Callable[[Any], Network], config, state: Mapping[str, Tensor], dtype, device
-) -> Network:
+def _fill(network: Callable[[Any], Network], config, state: Weights, dtype, device) -> Network:
     with torch.device("meta"):
         model = network(config)
     dtype = dtype or usual_dtype(state)
@@ -314,7 +317,7 @@ def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def usual_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+def usual_dtype(state: Weights) -> torch.dtype:
     """The dtype that most plain weights have; bf16 where there are none."""
     sizes: dict[torch.dtype, int] = {torch.bfloat16: 0}
     for tensor in state.values():

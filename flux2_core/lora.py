@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from .configs import VARIANTS, TransformerConfig
 from .errors import Flux2Error
 from .files import open_checkpoint
+from .formats import Packed
 from .lora_names import TEXT_ENCODERS, Place, split, table, without_prefix
 from .quantised import QuantLinear
+from .transformer import Flux2Transformer
 
 LINEAR = (nn.Linear, QuantLinear)
 
@@ -139,7 +141,7 @@ def read(
     """
     checkpoint = open_checkpoint(Path(path))
     report = Report(checkpoint.path.name)
-    known, found = table(shapes), {}
+    known, places = table(shapes), {}
     for key in checkpoint.tensors:
         parted = split(key)
         name = without_prefix(parted[0]) if parted else ""
@@ -152,15 +154,18 @@ def read(
         elif name not in known:
             report.skipped[key] = "for a layer that this model does not have"
         else:
-            found.setdefault(known[name], {})[parted[1]] = key
+            places.setdefault(known[name], {})[parted[1]] = key
             report.converted += name != known[name].layer
     deltas = []
-    for place, keys in found.items():
+    for place, keys in places.items():
         alpha = checkpoint.tensors[keys["alpha"]].shape if "alpha" in keys else ()
         if reason := _incomplete(keys) or (math.prod(alpha) != 1 and "an alpha that is no number"):
             report.skipped |= dict.fromkeys(keys.values(), reason)
             continue
-        parts = {part: tensor for part, tensor in checkpoint.load(keys).items()}
+        parts = {
+            part: found.decode() if isinstance(found, Packed) else found
+            for part, found in checkpoint.load(keys).items()
+        }
         deltas.append(Delta(place, parts))
         report.used += len(keys)
     _check(deltas, config, shapes, report, len(checkpoint.tensors))
@@ -210,7 +215,7 @@ def _shape(delta: Delta) -> tuple[int, int]:
         return p["hada_w1_a"].shape[1 if tucker else 0], p["hada_w1_b"].shape[1]
     high, wide = 1, 1
     for w in ("lokr_w1", "lokr_w2"):
-        a, b = p.get(w, p.get(f"{w}_a")), p.get(w, p.get(f"{w}_b"))
+        a, b = (p[w], p[w]) if w in p else (p[f"{w}_a"], p[f"{w}_b"])
         high, wide = high * a.shape[0], wide * b.flatten(1).shape[1]
     return high, wide
 
@@ -238,7 +243,9 @@ class Applied:
     """A LoRA at work beside a model's layers: y += strength * B (A x). Its weights stay as they
     are, quantised ones too; `strength` may be changed, `remove` takes it off without a trace."""
 
-    def __init__(self, model: nn.Module, deltas: Iterable[Delta], report: Report, strength: float):
+    def __init__(
+        self, model: Flux2Transformer, deltas: Iterable[Delta], report: Report, strength: float
+    ):
         self.report, self.strength = report, strength
         width = model.config.hidden_size
         self.hooks = []
@@ -285,7 +292,7 @@ class Branch:
         return out
 
 
-def apply(model: nn.Module, path: str | Path, strength: float = 1.0) -> Applied:
+def apply(model: Flux2Transformer, path: str | Path, strength: float = 1.0) -> Applied:
     """A LoRA file onto a Flux2Transformer, in place; several add up. `str` of the result is the
     report. Raises Flux2Error as `read` does."""
     deltas, report = read(path, model.config, linears(model))
@@ -296,7 +303,10 @@ def apply(model: nn.Module, path: str | Path, strength: float = 1.0) -> Applied:
 
 def weight_of(layer: nn.Module) -> Tensor:
     """A linear layer's matrix, decoded where it is quantised."""
-    return layer.packed.decode() if isinstance(layer, QuantLinear) else layer.weight
+    if isinstance(layer, QuantLinear):
+        return layer.packed.decode()
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
 
 
 def relative(deltas: Iterable[Delta], weights: Iterable[Tensor], width: int) -> float:

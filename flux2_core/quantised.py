@@ -233,6 +233,7 @@ def quantize(network: nn.Module, format: str = "fp8") -> nn.Module:
         if isinstance(layer, nn.Linear) and BLOCK_LINEARS.fullmatch(name)
     ]
     for name in layers:
-        weight = network.get_submodule(name).weight
-        network.set_submodule(name, QuantLinear(encode(weight.detach(), form)))
+        layer = network.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        network.set_submodule(name, QuantLinear(encode(layer.weight.detach(), form)))
     return network

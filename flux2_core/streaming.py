@@ -41,12 +41,12 @@ class Streamed(nn.Module):
     def __init__(self, block: nn.Module, number: int, buffers: "_Buffers"):
         super().__init__()
         self._modules = block._modules  # names in state dicts stay the checkpoint's
-        self.inner, self.number, self.buffers = (block,), number, buffers
+        self.inner, self.number, self.shelf = (block,), number, buffers
 
     def forward(self, *args, **kw):
-        weights = self.buffers.take(self.number)
+        weights = self.shelf.take(self.number)
         out = functional_call(self.inner[0], weights, args, kw)
-        self.buffers.done(self.number)
+        self.shelf.done(self.number)
         return out
 
     def _apply(self, fn, recurse: bool = True):

@@ -39,7 +39,7 @@ def test_two_buffers_of_the_largest_block():
         sum(-(-p.numel() * 4 // ALIGN) * ALIGN for p in block.parameters())
         for block in (*model.double_blocks, *model.single_blocks)
     ]
-    buffers = stream(model, "cpu").double_blocks[0].buffers
+    buffers = stream(model, "cpu").double_blocks[0].shelf
     assert [len(memory) for memory in buffers.memory] == [max(sizes)] * 2
 
 
@@ -56,6 +56,6 @@ def test_weights_stay_mapped(tmp_path):
     model = load_transformer(tmp_path / "a.safetensors")
     before = model.single_blocks[0].linear1.weight.data_ptr()
     streamed = stream(model, "cpu").to(torch.float32)
-    assert streamed.single_blocks[0].buffers.tensors[2]["linear1.weight"].data_ptr() == before
+    assert streamed.single_blocks[0].shelf.tensors[2]["linear1.weight"].data_ptr() == before
     whole = load_transformer(tmp_path / "a.safetensors")
     assert torch.equal(streamed(**inputs(1)), whole(**inputs(1)))
