@@ -343,16 +343,29 @@ def test_approximate_is_stock_in_its_guarded_steps(host):
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("mode", ["exact", "approximate"])
 def test_an_interrupted_run_leaves_nothing_wrong(host, kv, mode, keep):
+    """Between two steps, and in the middle of the forward that records."""
     import comfy.model_management as memory
 
     def stop(i, *_):
         if i == 1:
             raise memory.InterruptProcessingException
 
+    def stuck(*_):
+        raise memory.InterruptProcessingException
+
     made = cached(host, kv, mode=mode, keep=keep, guard=1, interval=9)
+    block = made.model.diffusion_model.single_blocks[1]
     with pytest.raises(memory.InterruptProcessingException):
         drawn(made, prompt(1), each=stop)
-    assert keep or cache_of(made).bytes == 0
+    assert (cache_of(made).bytes > 0) == keep
+    cache_of(made).clear()
+    hook = block.register_forward_pre_hook(stuck)
+    try:
+        with pytest.raises(memory.InterruptProcessingException):
+            drawn(made, prompt(1))
+    finally:
+        hook.remove()
+    assert cache_of(made).bytes == 0
     for positive in (prompt(1), prompt(1, reference_latents=toy.latents(8, (4, 6), (5, 3)))):
         fresh = cached(host, kv, mode=mode, guard=1, interval=9)
         assert toy.difference(drawn(made, positive), drawn(fresh, positive)) < EXACT
