@@ -73,7 +73,7 @@ def velocity(
     """-> v(x, t) with x (B, 128, h, w), t (B,); context and negative (B or 1, T, ctx).
 
     Two forwards where scale is not 1; both get the references (source: reference implementation),
-    the prompts of regions only the first.
+    the prompts of regions, and their isolation, only the first.
     """
 
     def one(x: Tensor, t: Tensor, text: Tensor, drop: bool = False) -> Tensor:
@@ -81,7 +81,7 @@ def velocity(
         text = text.expand(x.shape[0], -1, -1)
         now = controls(float(t[0])) if callable(controls) else controls
         if now is not None and drop:
-            now = replace(now, regions=())
+            now = replace(now, regions=(), isolate=False)
         return model(x, t, text, guidance, references, now)
 
     def two(x: Tensor, t: Tensor) -> Tensor:

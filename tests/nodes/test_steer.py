@@ -150,7 +150,7 @@ def test_under_the_hosts_sampler(model, state, name):
 @pytest.mark.parametrize("name", ["strengths", "steps", "prompts"])
 def test_with_a_negative(model, state, name):
     """Region prompts belong to the positive alone; the negative has the references' controls."""
-    bare = KITS[name] | {"regions": [], "isolate": KITS[name]["isolate"]}
+    bare = KITS[name] | {"regions": [], "isolate": False}
     ours = in_host(model, prompt(1, KITS[name]), prompt(2, bare), cfg=3.0)
     wanted = in_core(state, prompt(1), KITS[name], prompt(2), 3.0)
     assert toy.difference(ours, wanted) < CLOSE
