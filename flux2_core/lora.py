@@ -7,6 +7,7 @@ products; DoRA rescales the rows of the changed weight. Source: LoRA (2106.09685
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -154,10 +155,11 @@ def read(
         elif name not in known:
             report.skipped[key] = "for a layer that this model does not have"
         else:
-            places.setdefault(known[name], {})[parted[1]] = key
-            report.converted += name != known[name].layer
+            one = _one(key, *parted)
+            places.setdefault((known[name], *one), {})[parted[1]] = key
     deltas = []
-    for place, keys in places.items():
+    _share(places)
+    for (place, name, _), keys in places.items():
         alpha = checkpoint.tensors[keys["alpha"]].shape if "alpha" in keys else ()
         if reason := _incomplete(keys) or (math.prod(alpha) != 1 and "an alpha that is no number"):
             report.skipped |= dict.fromkeys(keys.values(), reason)
@@ -168,14 +170,33 @@ def read(
         }
         deltas.append(Delta(place, parts))
         report.used += len(keys)
+        report.converted += len(keys) * (without_prefix(name) != place.layer)
     _check(deltas, config, shapes, report, len(checkpoint.tensors))
     report.layers = len({delta.place.layer for delta in deltas})
     return deltas, report
 
 
+def _one(key: str, name: str, part: str) -> tuple[str, str]:
+    """What holds a change's tensors together: the layer's name in the file, and the adapter's. A
+    layer may have several changes, and a full difference beside a product: they add up."""
+    found = re.search(r"\.lora_(?:[AB]|magnitude_vector)\.([^.]+)(?:\.weight)?$", key)
+    adapter = found[1] if found and found[1] != "weight" else ""
+    return name, ".diff" if part == "diff" else adapter
+
+
+def _share(places: dict[tuple[Place, str, str], dict[str, str]]) -> None:
+    """An alpha or a DoRA scale that names no adapter belongs to the layer's one that is named."""
+    for (place, name, adapter), keys in list(places.items()):
+        common = places.get((place, name, ""), {})
+        if adapter and common and common.keys() <= {"alpha", "dora"}:
+            keys |= {part: key for part, key in common.items() if part not in keys}
+            del places[place, name, ""]
+
+
 def _incomplete(keys: Mapping[str, str]) -> str:
     """Why these parts do not make a change; "" if they do."""
-    if "diff" in keys or {"A", "B"} <= keys.keys() or ("hada_w2_b" in keys and "hada_w1_b" in keys):
+    hada = {f"hada_{w}_{x}" for w in ("w1", "w2") for x in "ab"}
+    if "diff" in keys or {"A", "B"} <= keys.keys() or hada <= keys.keys():
         return ""
     whole = all(
         {w} <= keys.keys() or {f"{w}_a", f"{w}_b"} <= keys.keys() for w in ("lokr_w1", "lokr_w2")
@@ -194,7 +215,10 @@ def _check(deltas, config: TransformerConfig, shapes, report: Report, count: int
         rows, columns = shapes[delta.place.layer]
         if delta.place.rows is not None:
             rows = (delta.place.rows[1] - delta.place.rows[0]) * config.hidden_size
-        seen = _shape(delta)
+        try:
+            seen = _shape(delta)
+        except IndexError:
+            raise _damaged(report, delta) from None
         if seen != (rows, columns):
             made = _size_of(delta, seen[1])
             raise Flux2Error(
@@ -202,6 +226,20 @@ def _check(deltas, config: TransformerConfig, shapes, report: Report, count: int
                 f"{delta.place.layer} is changed as {seen[0]} x {seen[1]}, here it is {rows} x {columns}",
                 f"Choose a LoRA for {_label(config.hidden_size)}",
             )
+        try:  # on shapes alone: nothing is computed
+            parts = {k: v if k == "alpha" else v.to("meta") for k, v in delta.parts.items()}
+            Delta(delta.place, parts).matrix(torch.empty(rows, columns, device="meta"))
+        except (RuntimeError, IndexError, KeyError, ValueError, ZeroDivisionError):
+            raise _damaged(report, delta) from None
+
+
+def _damaged(report: Report, delta: Delta) -> Flux2Error:
+    shapes = ", ".join(f"{k} {tuple(v.shape)}" for k, v in delta.parts.items())
+    return Flux2Error(
+        f"{report.file} is damaged: tensors of one layer do not fit together",
+        f"{delta.place.layer}: {shapes}",
+        "Download or export the LoRA again",
+    )
 
 
 def _shape(delta: Delta) -> tuple[int, int]:

@@ -1,19 +1,22 @@
 """A LoRA on a MODEL: the host's own patches on plain layers, side branches on quantised ones."""
 
+import uuid
 from collections.abc import Iterable
 from functools import partial
 
 import comfy.lora
 import torch
+from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.lora import Branch, Delta, read, relative
+from ..flux2_core.lora_names import Place
 from .host import config_of
 from .host_quant import QuantLinear
 
 SAMPLE = 8  # layers whose weights are read for the report: all of dev's would take a minute
-NAMES = {"A": "lora_down.weight", "B": "lora_up.weight", "dora": "dora_scale"}
+NAMES = {"A": "lora_down.weight", "B": "lora_up.weight"}
 
 
 def with_lora(model, path: str, strength: float):
@@ -56,36 +59,48 @@ def _with_strength(branch: Branch, strength: float, x: Tensor, out: Tensor) -> T
 
 
 def _patch(model, deltas: Iterable[Delta], width: int, strength: float) -> None:
-    """The host computes, moves and offloads these; it gets each change under a name of its own."""
-    tensors, targets = {}, {}
-    for i, delta in enumerate(deltas):
+    """The host computes, moves and offloads these, one by one: a layer may have several."""
+    for delta in deltas:
         key, rows = f"diffusion_model.{delta.place.layer}.weight", delta.span(width)
-        targets[str(i)] = (
-            key if rows == slice(None) else (key, (0, rows.start, rows.stop - rows.start))
-        )
-        parts = dict(delta.parts)
-        if delta.place.swap:
-            parts = _swapped(delta)
-        tensors |= {f"{i}.{NAMES.get(part, part)}": tensor for part, tensor in parts.items()}
-    patches = comfy.lora.load_lora(tensors, targets)
-    taken = model.add_patches(patches, strength)
-    lost = [target for target in targets.values() if target not in taken]
-    if lost:
-        raise Flux2Error(
-            "The host did not take all of this LoRA",
-            f"{len(lost)} of {len(targets)} changes, {lost[0]} the first",
-            "Update ComfyUI, or load the model with FLUX.2 Load Model",
-        )
+        target = key if rows == slice(None) else (key, (0, rows.start, rows.stop - rows.start))
+        if target not in model.add_patches({target: _adapter(delta)}, strength):
+            raise Flux2Error(
+                "The host did not take all of this LoRA",
+                f"a change of {delta.place.layer}",
+                "Update ComfyUI, or load the model with FLUX.2 Load Model",
+            )
+    model.patches_uuid = uuid.uuid4()  # for side branches too: caches tell weights apart by it
 
 
-def _swapped(delta: Delta) -> dict[str, Tensor]:
-    """A change whose rows' halves change places, in the order of the model."""
+def _adapter(delta: Delta):
+    """The host's own object for a change; ours where the host's formula is another."""
+    if "dora" in delta.parts or (delta.place.swap and "A" not in delta.parts):
+        parts = delta.parts
+        return Exact(set(), (tuple(delta.place), tuple(parts), tuple(parts.values())))
     parts = dict(delta.parts)
-    if "A" not in parts:
-        return {"diff": delta.matrix()}
-    for part in {"B", "dora"} & parts.keys():
-        parts[part] = torch.cat(parts[part].chunk(2)[::-1])
-    return parts
+    if delta.place.swap:
+        parts["B"] = torch.cat(parts["B"].chunk(2)[::-1])
+    tensors = {f"0.{NAMES.get(part, part)}": tensor for part, tensor in parts.items()}
+    return comfy.lora.load_lora(tensors, {"0": "0"})["0"]
+
+
+class Exact(WeightAdapterBase):
+    """A change computed by the core, when the host patches the layer.
+
+    DoRA: the host divides by the norms of the weight before the change, trainers by those after it.
+    Newer hosts make another of it from `loaded_keys` and `weights`, whose tensors they have moved.
+    """
+
+    name = "flux2kit"
+
+    def __init__(self, loaded_keys: set, weights: tuple):
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    def calculate_weight(self, weight, key, strength, *_, **__):
+        place, names, tensors = self.weights
+        parts = (tensor.to(weight.device) for tensor in tensors)
+        delta = Delta(Place(*place), dict(zip(names, parts, strict=True)))
+        return weight.add_((strength * delta.matrix(weight)).to(weight.dtype))
 
 
 def linears(network: nn.Module) -> dict[str, nn.Module]:

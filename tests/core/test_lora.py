@@ -322,3 +322,36 @@ def test_a_model_with_guidance(tmp_path):
     wanted.guidance_in.out_layer.weight.add_(b @ a)
     assert error(model(**i), wanted(**i)) < CLOSE
     assert error(model(**i), stock) > 1e-2
+
+
+def test_several_changes_of_one_layer_add_up(tmp_path):
+    """Two adapters, two names of the layer and a full difference beside a product: none is lost."""
+    (a, b), diff = FACTORS[QKV], random(768, 256, seed=8)
+    kohya = "lora_unet_" + QKV.replace(".", "_")
+    tensors = {f"{QKV}.diff": diff}
+    for up, down in (
+        (f"{QKV}.lora_B.one.weight", f"{QKV}.lora_A.one.weight"),
+        (f"{QKV}.lora_B.two.weight", f"{QKV}.lora_A.two.weight"),
+        (f"{kohya}.lora_up.weight", f"{kohya}.lora_down.weight"),
+    ):
+        tensors |= {up: b.clone(), down: a.clone()}
+    model = toy(KLEIN)
+    applied = lora.apply(model, save(tmp_path, tensors))
+    wanted = merged({QKV: 3 * b.double() @ a.double() + diff.double()})
+    assert error(model(**inputs(1)), wanted(**inputs(1))) < CLOSE
+    assert (applied.report.used, applied.report.converted) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"lora_A.weight": (4, 256), "lora_B.weight": (768, 5)},
+        {"lora_A.weight": (), "lora_B.weight": ()},
+        {"lora_A.weight": (0, 256), "lora_B.weight": (768, 0), "alpha": ()},
+        {"lora_A.weight": (4, 256), "lora_B.weight": (768, 4), "dora_scale": (5,)},
+    ],
+)
+def test_tensors_that_do_not_fit_together(tmp_path, parts):
+    tensors = {f"{QKV}.{part}": torch.ones(shape) for part, shape in parts.items()}
+    with pytest.raises(Flux2Error, match="is damaged"):
+        lora.apply(toy(KLEIN), save(tmp_path, tensors))

@@ -137,3 +137,26 @@ def test_a_lora_of_another_size(host, state):
     save_file(tensors, path)
     with pytest.raises(Flux2Error, match=r"was made for FLUX\.2 klein 9B"):
         applied(host, toy.ours(toy.KLEIN, state), path.name)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize("form", [None, "float8_e4m3fn"])
+def test_dora(host, state, form, vector):
+    """Norms of the weight after the change, as trainers have it; PEFT writes the scale as a vector."""
+    if form:
+        state = {k: encode(v, form) if k.endswith(BLOCKS) else v for k, v in state.items()}
+    wanted, name = changed(state, 0.0), LAYERS[1]
+    a, b = factors(wanted)[name]
+    weight = wanted[f"{name}.weight"].double()
+    moved, size = weight + b.double() @ a.double(), 1.1 * weight.norm(dim=1, keepdim=True)
+    delta = moved * size / moved.norm(dim=1, keepdim=True) - weight
+    wanted[f"{name}.weight"] = (weight + 0.6 * delta).float()
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    if vector:
+        tensors[f"{name}.lora_magnitude_vector"] = size.flatten().float()
+    else:
+        tensors[f"{name}.dora_scale"] = size.float()
+    path = host.models("loras") / f"toy-dora-{form}-{vector}.safetensors"
+    save_file(tensors, path)
+    out, _ = applied(host, toy.ours(toy.KLEIN, state), path.name, 0.6)
+    assert toy.difference(toy.sampled(out), toy.sampled(toy.ours(toy.KLEIN, wanted))) < CLOSE
