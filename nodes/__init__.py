@@ -1,10 +1,12 @@
 """The nodes, in the order of a graph."""
 
 from .cache import Flux2KitReferenceCache
+from .edit_lock import Flux2KitCompare, Flux2KitEditLock
 from .examples import Flux2KitExamplePicture
 from .flex import Flux2KitFlex
 from .hosted import Flux2KitHosted, Flux2KitHostedCost
 from .info import Flux2KitCheckpointInfo
+from .inpaint import Flux2KitInpaint, Flux2KitOutpaint
 from .latents import Flux2KitEmptyLatent, Flux2KitVAEDecode, Flux2KitVAEEncode
 from .loaders import (
     Flux2KitLoader,
@@ -40,6 +42,10 @@ NODES = [
     Flux2KitSampler,
     Flux2KitVAEEncode,
     Flux2KitVAEDecode,
+    Flux2KitInpaint,
+    Flux2KitOutpaint,
+    Flux2KitEditLock,
+    Flux2KitCompare,
     Flux2KitHosted,
     Flux2KitHostedCost,
     Flux2KitExamplePicture,

@@ -6,6 +6,7 @@ import torch
 
 from ..flux2_core.latents import CHANNELS, PIXELS, check_size
 from . import host
+from .inpaint import put_back
 from .schema import Schema, io
 
 ASPECTS = ["1:1", "5:4", "4:3", "3:2", "16:9", "21:9", "4:5", "3:4", "2:3", "9:16", "9:21"]
@@ -123,7 +124,7 @@ class Flux2KitVAEDecode(io.ComfyNode):
             node_id="Flux2KitVAEDecode",
             display_name="FLUX.2 VAE Decode",
             category="FLUX.2/latent",
-            description="A latent as a picture.",
+            description="A latent as a picture. What FLUX.2 Inpaint or Outpaint cut out goes back to its place.",
             search_aliases=["latent to image"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The finished latent from the sampler."),
@@ -135,4 +136,4 @@ class Flux2KitVAEDecode(io.ComfyNode):
     @classmethod
     def execute(cls, samples, vae):
         host.check_vae(vae)
-        return io.NodeOutput(vae.decode(samples["samples"]))
+        return io.NodeOutput(put_back(vae.decode(samples["samples"]), samples))
