@@ -2,7 +2,8 @@
 
 A stage says how much of the work goes to each task and how the references are. `bind` teaches which
 reference a number means, at the smallest scale; `grow` brings ten references and 128 pixels; `full`
-is the whole of nano's world, `wide` the same with more 256 x 256 and more attributes left out.
+is the whole of nano's world, `wide` the same with more 256 x 256 and more attributes left out,
+`wider` adds letters, words, counts, sizes and free order of words.
 `scenes.held_back` prompts are never among the batches.
 """
 
@@ -19,11 +20,13 @@ from nano_pool import (
     JITTERS,
     PLACES,
     SHAPES,
+    WIDER,
     complete,
     load,
     plan,
     scenes,
     single_index,
+    wider_scene,
 )
 
 REFERENCED = ("edit", "mix", "pick")
@@ -41,6 +44,7 @@ class Stage:
     pairs: float = 0.65  # share of picks that take two
     alone: float = 0.25  # share of edits of the only reference
     free: float = 0.15  # share of prompts without references that leave an attribute out
+    loose: float = 0.0  # share of prompts without references in another order of words
     tilt: float = 0.9  # noise in tasks with references: the mean of t's logit
 
 
@@ -87,6 +91,25 @@ STAGES = {
         pairs=0.7,
         free=0.3,
     ),
+    "wider": Stage(
+        {
+            "one": 0.08,
+            "two": 0.11,
+            "large": 0.12,
+            "sizes": 0.02,
+            "edit": 0.07,
+            "mix": 0.06,
+            "pick": 0.13,
+            "letter": 0.09,
+            "word": 0.20,
+            "count": 0.06,
+            "size": 0.06,
+        },
+        small=0.05,
+        pairs=0.7,
+        free=0.3,
+        loose=0.25,
+    ),
 }
 
 
@@ -115,22 +138,27 @@ class Data:
         task = self.random.choices(list(self.stage.tasks), self.stage.tasks.values())[0]
         if task in REFERENCED:
             return self.referenced(task)
-        name = {"one": "one_128", "two": "two_128", "large": "any_256"}.get(
-            task
-        ) or self.random.choice(self.sizes)
-        data = self.sets[name]
+        names = {"one": "one_128", "two": "two_128", "large": "any_256"}
+        names |= {kind: f"{kind}_128" for kind in WIDER}
+        data = self.sets[names.get(task) or self.random.choice(self.sizes)]
         n = self.count(data["latents"][0, 0].numel())
         rows, prompts = [], []
         while len(rows) < n:
             row = self.random.randrange(len(data["labels"]))
-            prompt = self.wording(data["labels"][row].tolist())
+            label = data["labels"][row].tolist()
+            wish = wider_scene(task, label[0])[1] if task in WIDER else self.wish(label)
+            prompt = self.wording(wish)
             if not scenes.held_back(prompt):
                 rows.append(row)
                 prompts.append(prompt)
         return Batch(task, data["latents"][rows], self.emptied(prompts))
 
-    def wording(self, label) -> str:
-        """A prompt for a label row, some with an attribute left out."""
+    def wording(self, wish) -> str:
+        loose = self.random.random() < self.stage.loose
+        return scenes.reword(wish, self.random) if loose else scenes.describe(wish)
+
+    def wish(self, label):
+        """What a label row shows, some with an attribute left out."""
         s1, c1, p1, s2, c2, p2, background, _ = label
         things = [[SHAPES[s1], COLORS[c1], PLACES[p1]]]
         if s2 >= 0:
@@ -143,7 +171,7 @@ class Data:
             else:
                 self.random.choice(things)[out] = None
         self.random.shuffle(things)
-        return scenes.describe(scenes.Scene(tuple(scenes.Thing(*t) for t in things), background))
+        return scenes.Scene(tuple(scenes.Thing(*t) for t in things), background)
 
     def emptied(self, prompts):
         return ["" if self.random.random() < EMPTY else prompt for prompt in prompts]

@@ -5,6 +5,8 @@
 A pool file holds {"labels": int16 (N, 8), "latents": bfloat16 (N, 128, h, w), and for some
 "pixels": uint8 (N, 3, H, W)}. A label row is shape, color, place of the first and second object
 (-1: none), background, jitter: the same jitter means the same size and offset of the first object.
+In the files of the wider world (letter_128, word_128, count_128, size_128) a row is a seed and a -1
+in every other column: `wider_scene` makes the picture and the wish of it.
 """
 
 import argparse
@@ -26,11 +28,13 @@ if "flux2_pack" not in sys.modules:
     pack.__path__ = [str(ROOT)]
     sys.modules["flux2_pack"] = pack
 scenes = importlib.import_module("flux2_pack.flux2_core.nano.scenes")
+wider = importlib.import_module("flux2_pack.flux2_core.nano.wider")
 taef2 = importlib.import_module("flux2_pack.flux2_core.taef2")
 
 COLORS, PLACES, BACKGROUNDS = (list(t) for t in (scenes.COLORS, scenes.PLACES, scenes.BACKGROUNDS))
 SHAPES = list(scenes.SHAPES)
 JITTERS = 12
+WIDER = {"letter": 4000, "word": 6000, "count": 2500, "size": 2500}
 
 
 def jitter(index: int) -> tuple[float, tuple[float, float]]:
@@ -93,6 +97,17 @@ def some(n: int, pairs: float, seed: int) -> np.ndarray:
     return np.array(rows, np.int16)
 
 
+def wider_scene(kind: str, seed: int):
+    """-> the scene to draw and the wish, of one row of a wider file."""
+    return wider.some(kind, random.Random(f"{kind} {seed}"))
+
+
+def seeds(count: int) -> np.ndarray:
+    rows = np.full((count, 8), -1, np.int16)
+    rows[:, 0] = np.arange(count)
+    return rows
+
+
 def sizes(count: int, seed: int) -> list[tuple[int, int]]:
     """Widths and heights from 64 to 256 in multiples of 16, mostly not square."""
     r = random.Random(seed)
@@ -111,18 +126,17 @@ def plan() -> dict[str, tuple[np.ndarray, int, int]]:
     for i, (width, height) in enumerate(sizes(16, 3)):
         files[f"any_{width}x{height}"] = (some(100, 0.5, 100 + i), width, height)
     files["any_256"] = (some(1600, 0.5, 2), 256, 256)
+    for kind, count in WIDER.items():
+        files[f"{kind}_128"] = (seeds(count), 128, 128)
     return files
 
 
 @torch.inference_mode()
-def encode(net, labels, width, height, keep: int):
+def encode(net, drawn: list, width, height, keep: int):
     latents, pixels = [], []
-    for start in range(0, len(labels), 32):
+    for start in range(0, len(drawn), 32):
         pictures = np.stack(
-            [
-                np.asarray(scenes.draw(scene(row), width, height))
-                for row in labels[start : start + 32]
-            ]
+            [np.asarray(scenes.draw(s, width, height)) for s in drawn[start : start + 32]]
         )
         batch = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         latents.append(taef2.encode(net, batch.bfloat16() / 127.5 - 1).bfloat16())
@@ -147,7 +161,12 @@ def build(teacher: Path, pool: Path, part: int = 0, parts: int = 1) -> None:
                 continue
             begun = time.time()
             keep = len(cut) if "256" not in name else 256
-            latents, pixels = encode(net, labels[cut], width, height, keep)
+            kind = name.split("_")[0]
+            drawn = [
+                wider_scene(kind, int(row[0]))[0] if kind in WIDER else scene(row)
+                for row in labels[cut]
+            ]
+            latents, pixels = encode(net, drawn, width, height, keep)
             torch.save(
                 {"labels": torch.from_numpy(labels[cut]), "latents": latents, "pixels": pixels},
                 file.with_suffix(".tmp"),

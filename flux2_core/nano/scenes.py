@@ -2,72 +2,62 @@
 
 `draw` makes a picture of a `Scene`, `describe` and the `*_prompt` functions word it, `parse` turns
 a prompt back into what is wanted, and `check` reads pixels alone and says what is right. The
-numbers are the contract of every nano figure: palette, places, sizes, tolerances.
+numbers are the contract of every nano figure: palette, places, sizes (world.py), tolerances.
 """
 
-import re
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..errors import Flux2Error
+from .glyphs import STROKES, aspect, draw_glyph
+from .wording import (
+    background_prompt,
+    describe,
+    held_back,
+    mix_prompt,
+    parse,
+    pick_prompt,
+    recolor_prompt,
+    reword,
+)
+from .world import (
+    BACKGROUNDS,
+    COLORS,
+    COUNT_SIZES,
+    COUNTS,
+    LETTER,
+    LETTER_SIZES,
+    MEASURES,
+    OPPOSITE,
+    PAIR_SIZES,
+    PLACES,
+    SHAPES,
+    SIZES,
+    WORD,
+    WORD_PLACES,
+    WORD_SIZES,
+    Scene,
+    Thing,
+    alike,
+)
 
-BACKGROUNDS = {
-    "white": (245, 245, 245),
-    "gray": (150, 150, 150),
-    "pink": (250, 190, 210),
-    "tan": (210, 180, 140),
-}
-COLORS = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 210, 40),
-    "purple": (150, 60, 190),
-    "cyan": (60, 200, 210),
-    "orange": (245, 140, 30),
-    "black": (20, 20, 20),
-}
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-PLACES = {
-    "left": (0.28, 0.5),
-    "right": (0.72, 0.5),
-    "top": (0.5, 0.28),
-    "bottom": (0.5, 0.72),
-    "center": (0.5, 0.5),
-}
-OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
-SIZES = (0.30, 0.45)  # of the shorter side, one object
-PAIR_SIZES = (0.30, 0.40)  # two objects never touch
+__all__ = [
+    "BACKGROUNDS", "COLORS", "COUNTS", "COUNT_SIZES", "LETTER", "LETTER_SIZES", "MEASURES",
+    "OPPOSITE", "PAIR_SIZES", "PLACES", "SHAPES", "SIZES", "WORD", "WORD_PLACES", "WORD_SIZES",
+    "Report", "Scene", "Thing", "alike", "background_prompt", "check", "describe", "draw",
+    "held_back", "mix_prompt", "parse", "pick_prompt", "recolor_prompt", "reword",
+]  # fmt: skip
 
 COLOR_TOLERANCE = 60.0  # Euclidean distance in RGB
 PLACE_TOLERANCE = 0.10  # of the side
 SHAPE_OVERLAP = 0.80  # intersection over union with the ideal shape in its bounding box
+GLYPH_OVERLAP = 0.65  # the same for letters, whose strokes are thin
 SMALLEST = 0.01  # of the picture: a smaller spot is no object
-
-
-@dataclass(frozen=True)
-class Thing:
-    """One object. In a wish, an attribute that is None is free."""
-
-    shape: str | None = None
-    color: str | None = None
-    place: str | None = None
-    size: float = 0.38
-    offset: tuple[float, float] = (0.0, 0.0)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Objects on a background. As a wish: background None is free; `anything` wants nothing."""
-
-    things: tuple[Thing, ...]
-    background: str | None = "white"
-    anything: bool = False
+NEITHER = 0.03  # of the side: how far a size may be from small or large
+WORD_GAP = 0.2  # of a letter's height
 
 
 # ---------------------------------------------------------------------------------------- drawing
@@ -96,7 +86,12 @@ def _given(attribute: str | None) -> str:
 def _draw_shape(pen, shape: str, box: tuple[float, float, float, float], fill) -> None:
     x0, y0, x1, y1 = box
     width, height = x1 - x0, y1 - y0
-    if shape == "circle":
+    if shape.startswith(LETTER):
+        half = aspect(shape[-1]) * height / 2
+        draw_glyph(pen, shape[-1], ((x0 + x1) / 2 - half, y0, (x0 + x1) / 2 + half, y1), fill)
+    elif shape.startswith(WORD):
+        _draw_word(pen, shape.removeprefix(WORD), box, fill)
+    elif shape == "circle":
         pen.ellipse(box, fill)
     elif shape == "square":
         pen.rectangle(box, fill)
@@ -109,109 +104,20 @@ def _draw_shape(pen, shape: str, box: tuple[float, float, float, float], fill) -
         pen.ellipse(box, None, fill, width=round(width * 0.22))
 
 
-# ---------------------------------------------------------------------------------------- wording
-
-
-def describe(scene: Scene) -> str:
-    """`a red circle left and a blue square right on tan background`; free attributes left out."""
-    return _finish(" and ".join(_name(thing) for thing in scene.things), scene.background)
-
-
-def _name(thing: Thing) -> str:
-    words = [thing.color, thing.shape or "shape", thing.place]
-    phrase = " ".join(word for word in words if word)
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
-
-
-def _finish(phrase: str, background: str | None) -> str:
-    return f"{phrase} on {background} background" if background else phrase
-
-
-def recolor_prompt(image: int, color: str) -> str:
-    return f"image {image} with {'an' if color == 'orange' else 'a'} {color} shape"
-
-
-def background_prompt(image: int, background: str) -> str:
-    return f"image {image} on {background} background"
-
-
-def mix_prompt(shape_of: int, color_of: int, place: str, background: str) -> str:
-    return f"the shape of image {shape_of} in the color of image {color_of} {place} on {background} background"
-
-
-def pick_prompt(picks: Sequence[tuple[int, str]], background: str) -> str:
-    """picks: (image, place) each; the object is taken as it is, with its colour."""
-    return _finish(
-        " and ".join(f"the shape of image {i} {place}" for i, place in picks), background
-    )
-
-
-def held_back(prompt: str) -> bool:
-    """Prompts that nano never trains on."""
-    return zlib.crc32(prompt.encode()) % 5 == 0
-
-
-# ---------------------------------------------------------------------------------------- reading
-
-
-def parse(prompt: str, references: Sequence[Scene] = ()) -> Scene:
-    """What a prompt of nano's world wants; "image i" is looked up among the references' scenes."""
-    text = " ".join(prompt.lower().split())
-    if not text:
-        return Scene((), None, anything=True)
-    body, background = text, None
-    if match := re.search(rf" on ({'|'.join(BACKGROUNDS)}) background$", text):
-        body, background = text[: match.start()], match[1]
-    if match := re.fullmatch(r"image (\d+)(?: with an? (\w+) shape)?", body):
-        scene = _reference(references, match[1], prompt)
-        things = scene.things
-        if match[2]:
-            things = tuple(
-                replace(thing, color=_known(match[2], COLORS, prompt)) for thing in things
-            )
-        return Scene(things, background or scene.background)
-    return Scene(
-        tuple(_thing(part, references, prompt) for part in body.split(" and ")), background
-    )
-
-
-def _thing(text: str, references: Sequence[Scene], prompt: str) -> Thing:
-    place = f"(?: ({'|'.join(PLACES)}))?"
-    if match := re.fullmatch(
-        rf"the shape of image (\d+)(?: in the color of image (\d+))?{place}", text
-    ):
-        source = _reference(references, match[1], prompt).things[0]
-        color = (
-            _reference(references, match[2], prompt).things[0].color if match[2] else source.color
-        )
-        return Thing(source.shape, color, match[3])
-    pattern = rf"an?(?: ({'|'.join(COLORS)}))? ({'|'.join(SHAPES)}|shape){place}"
-    if match := re.fullmatch(pattern, text):
-        return Thing(None if match[2] == "shape" else match[2], match[1], match[3])
-    raise _not_understood(prompt, text)
-
-
-def _reference(references: Sequence[Scene], number: str, prompt: str) -> Scene:
-    if not 1 <= int(number) <= len(references):
-        raise _not_understood(prompt, f"image {number}, with {len(references)} references")
-    return references[int(number) - 1]
-
-
-def _known(word: str, table, prompt: str) -> str:
-    if word not in table:
-        raise _not_understood(prompt, word)
-    return word
-
-
-def _not_understood(prompt: str, part: str) -> Flux2Error:
-    return Flux2Error(
-        "nano's checker cannot tell what this prompt wants",
-        f"'{part}' in '{prompt}'",
-        "Use the forms in nano's README, for instance: a red circle left on white background",
-    )
+def _draw_word(pen, word: str, box: tuple[float, float, float, float], fill) -> None:
+    """The letters fill the box's width, in its middle."""
+    shares = [aspect(letter) for letter in word]
+    height = (box[2] - box[0]) / (sum(shares) + WORD_GAP * (len(word) - 1))
+    left, top = box[0], (box[1] + box[3] - height) / 2
+    for letter, share in zip(word, shares, strict=True):
+        draw_glyph(pen, letter, (left, top, left + share * height, top + height), fill)
+        left += (share + WORD_GAP) * height
 
 
 # --------------------------------------------------------------------------------------- checking
+
+
+ATTRIBUTES = ("count", "shape", "color", "place", "background", "size")
 
 
 @dataclass(frozen=True)
@@ -224,15 +130,14 @@ class Report:
     place: bool
     background: bool
     found: Scene
+    size: bool = True  # where small or large is asked for
 
     @property
     def ok(self) -> bool:
-        return self.count and self.shape and self.color and self.place and self.background
+        return all(getattr(self, attribute) for attribute in ATTRIBUTES)
 
     def __str__(self) -> str:
-        wrong = [
-            n for n in ("count", "shape", "color", "place", "background") if not getattr(self, n)
-        ]
+        wrong = [attribute for attribute in ATTRIBUTES if not getattr(self, attribute)]
         seen = describe(self.found) if self.found.things else "no object"
         return "right" if self.ok else f"wrong {', '.join(wrong)}: saw {seen}"
 
@@ -244,13 +149,17 @@ def check(image, wanted: Scene | str) -> Report:
     pixels = np.asarray(
         image.convert("RGB") if isinstance(image, Image.Image) else image, np.float32
     )
-    background, things = _read(pixels)
+    kinds = [str(thing.shape) for thing in wanted.things]
+    lettered = any(kind.startswith((LETTER, WORD)) for kind in kinds)
+    background, things = _read(pixels, lettered)
+    if any(kind.startswith(WORD) for kind in kinds):
+        things = _as_word(things)
     found = Scene(tuple(thing for thing, _ in things), background)
     if wanted.anything:
         return Report(True, True, True, True, True, found)
     counted = len(things) == len(wanted.things)
     orders = permutations(things) if counted else [tuple(things)]
-    shape, color, place = max((_compare(wanted.things, order) for order in orders), key=sum)
+    shape, color, place, size = max((_compare(wanted.things, order) for order in orders), key=sum)
     return Report(
         counted,
         shape and counted,
@@ -258,24 +167,47 @@ def check(image, wanted: Scene | str) -> Report:
         place and counted,
         background is not None and wanted.background in (None, background),
         found,
+        size and counted,
     )
 
 
-def _compare(wanted: Sequence[Thing], seen) -> tuple[bool, bool, bool]:
+def _compare(wanted: Sequence[Thing], seen) -> tuple[bool, bool, bool, bool]:
     pairs = list(zip(wanted, seen, strict=False))
     return (
         all(t.shape is not None and w.shape in (None, t.shape) for w, (t, _) in pairs),
         all(t.color is not None and w.color in (None, t.color) for w, (t, _) in pairs),
         all(w.place is None or _near(centre, PLACES[w.place]) for w, (_, centre) in pairs),
+        all(w.measure is None or _measures(t.size, w.measure) for w, (t, _) in pairs),
     )
+
+
+def _measures(size: float, measure: str) -> bool:
+    low, high = MEASURES[measure]
+    return low - NEITHER <= size <= high + NEITHER
 
 
 def _near(a, b) -> bool:
     return all(abs(p - q) <= PLACE_TOLERANCE for p, q in zip(a, b, strict=True))
 
 
-def _read(pixels: np.ndarray) -> tuple[str | None, list[tuple[Thing, tuple[float, float]]]]:
-    """Pixels -> background name, and each object with its centre as shares of the sides."""
+Found = list[tuple[Thing, tuple[float, float]]]  # with the centre as shares of the sides
+
+
+def _as_word(things: Found) -> Found:
+    """Letters from left to right, all as one object; without a colour where they differ."""
+    if not things or any(not (thing.shape or LETTER).startswith(LETTER) for thing, _ in things):
+        return things
+    ordered = sorted(things, key=lambda found: found[1][0])
+    colors = {thing.color for thing, _ in ordered}
+    centre = ((ordered[0][1][0] + ordered[-1][1][0]) / 2, np.mean([c[1] for _, c in ordered]))
+    word = "".join(thing.shape[-1] if thing.shape else "?" for thing, _ in ordered)
+    color = colors.pop() if len(colors) == 1 else None
+    place = min(PLACES, key=lambda p: np.hypot(*np.subtract(PLACES[p], centre)))
+    return [(Thing(WORD + word, color, place), (float(centre[0]), float(centre[1])))]
+
+
+def _read(pixels: np.ndarray, lettered: bool = False) -> tuple[str | None, Found]:
+    """Pixels -> background name, and each object; `lettered`: letters are among the shapes."""
     height, width = pixels.shape[:2]
     edge = max(1, round(0.03 * min(height, width)))
     inner = np.zeros((height, width), bool)
@@ -294,7 +226,8 @@ def _read(pixels: np.ndarray) -> tuple[str | None, list[tuple[Thing, tuple[float
         color = np.median(pixels[core if core.any() else spot], 0)
         place = min(PLACES, key=lambda p: np.hypot(*np.subtract(PLACES[p], centre)))
         size = max(box.shape) / min(height, width)
-        things.append((Thing(_shape(box), _nearest(color, COLORS), place, size), centre))
+        shape = _shape(box, lettered)
+        things.append((Thing(shape, _nearest(color, COLORS), place, size), centre))
     return background, things
 
 
@@ -306,19 +239,29 @@ def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str
     return name if distances[name] <= COLOR_TOLERANCE else None
 
 
-def _shape(box: np.ndarray) -> str | None:
+def _shape(box: np.ndarray, lettered: bool) -> str | None:
     """The shape whose ideal form in this bounding box overlaps best, if it overlaps well."""
     height, width = box.shape
-    if not 0.7 <= width / height <= 1.43:
+    shapes = SHAPES if 0.7 <= width / height <= 1.43 else ()
+    letters = [c for c in STROKES if lettered and 0.7 < width / height / aspect(c) < 1.4]
+    overlaps = {shape: _overlap(box, shape) for shape in (*shapes, *(LETTER + c for c in letters))}
+    if not overlaps:
         return None
-    overlaps = {}
-    for shape in SHAPES:
-        ideal = Image.new("L", (width * 2, height * 2))
-        _draw_shape(ImageDraw.Draw(ideal), shape, (0, 0, 2 * width - 1, 2 * height - 1), 255)
-        mask = np.asarray(ideal.resize((width, height), Image.Resampling.BOX)) > 127
-        overlaps[shape] = (mask & box).sum() / (mask | box).sum()
     best = max(overlaps, key=overlaps.__getitem__)
-    return best if overlaps[best] >= SHAPE_OVERLAP else None
+    least = GLYPH_OVERLAP if best.startswith(LETTER) else SHAPE_OVERLAP
+    return best if overlaps[best] >= least else None
+
+
+def _overlap(box: np.ndarray, shape: str) -> float:
+    height, width = box.shape
+    ideal = Image.new("L", (width * 2, height * 2))
+    area = (0, 0, 2 * width - 1, 2 * height - 1)
+    if shape.startswith(LETTER):
+        draw_glyph(ImageDraw.Draw(ideal), shape[-1], area, 255)
+    else:
+        _draw_shape(ImageDraw.Draw(ideal), shape, area, 255)
+    mask = np.asarray(ideal.resize((width, height), Image.Resampling.BOX)) > 127
+    return float((mask & box).sum() / (mask | box).sum())
 
 
 def _erode(mask: np.ndarray) -> np.ndarray:

@@ -34,15 +34,19 @@ WORDS: tuple[str, ...] = (*SPECIAL, *WORLD.split(), *NUMBERS, *LETTERS, *WIDER.s
 def tokenizer_json() -> str:
     """The words as a `tokenizers` WordLevel model, the text that nano's file carries.
 
-    Lower-cased; runs of letters and runs of digits are words, punctuation falls away, and a name
-    like @hero stays one (unknown) word.
+    Lower-cased; runs of letters and runs of digits are words, punctuation falls away, a name like
+    @hero stays one (unknown) word, and a word before a closing quote is spelled: "cat" is c a t.
     """
     added = [
         dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         | {"id": WORDS.index(word), "content": word, "special": True}
         for word in SPECIAL
     ]
-    splitter = {"type": "Split", "pattern": {"Regex": r"@\S+|\p{L}+|\p{N}+"}, "behavior": "Removed"}
+    splitter = {
+        "type": "Split",
+        "pattern": {"Regex": r'@\S+|\p{L}(?=\p{L}*")|\p{L}+|\p{N}+'},
+        "behavior": "Removed",
+    }
     model = {
         "type": "WordLevel",
         "vocab": {w: i for i, w in enumerate(WORDS)},
