@@ -19,20 +19,24 @@ def text_ids(length: int) -> Tensor:
     return ids
 
 
-def picture_ids(height: int, width: int, t: float = 0) -> Tensor:
-    """-> (height * width, 4): (t, row, column, 0), row by row."""
+def picture_ids(height: int, width: int, t: float = 0, origin: tuple[int, int] = (0, 0)) -> Tensor:
+    """-> (height * width, 4): (t, row, column, 0), row by row, from `origin` on."""
     ids = torch.zeros(height, width, 4, dtype=torch.float64)
     ids[..., 0] = t
-    ids[..., 1] = torch.arange(height)[:, None]
-    ids[..., 2] = torch.arange(width)
+    ids[..., 1] = torch.arange(origin[0], origin[0] + height)[:, None]
+    ids[..., 2] = torch.arange(origin[1], origin[1] + width)
     return ids.reshape(-1, 4)
 
 
 def sequence_ids(
-    text: int, picture: tuple[int, int], references: tuple[tuple[int, int], ...] = ()
+    text: int,
+    picture: tuple[int, int],
+    references: tuple[tuple[int, int], ...] = (),
+    origin: tuple[int, int] = (0, 0),
 ) -> Tensor:
-    """Ids of the whole sequence [text, picture, reference 0, reference 1, ...] -> (T, 4)."""
-    parts = [text_ids(text), picture_ids(*picture)]
+    """Ids of the whole sequence [text, picture, reference 0, reference 1, ...] -> (T, 4). `origin`:
+    row and column of the picture's first token, for a window of a larger one."""
+    parts = [text_ids(text), picture_ids(*picture, origin=origin)]
     parts += [picture_ids(h, w, REFERENCE_T * (i + 1)) for i, (h, w) in enumerate(references)]
     return torch.cat(parts)
 
@@ -60,10 +64,11 @@ def rope_table(
     axes_dim: tuple[int, ...],
     theta: float,
     device: torch.device,
+    origin: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
     """`rope` of a whole sequence, kept between steps: the table of 20,000 tokens is no small work."""
     with torch.inference_mode(False), torch.no_grad():
-        cos, sin = rope(sequence_ids(text, picture, references), axes_dim, theta)
+        cos, sin = rope(sequence_ids(text, picture, references, origin), axes_dim, theta)
     return cos.to(device), sin.to(device)
 
 

@@ -23,7 +23,8 @@ class Controls:
     are prompts for parts of the picture; with `isolate` what lies outside the regions does not
     look inside. `cache` keeps the references' keys and values between steps; `about` is what else
     they depend on (positions, for a host that bends them), `call` what else tells one of several
-    calls a step from the others.
+    calls a step from the others. `origin`: row and column of the first token of a window of a larger
+    picture.
     """
 
     kv_references: bool | None = None
@@ -34,6 +35,7 @@ class Controls:
     cache: ReferenceCache | None = None
     about: Hashable = None
     call: Hashable = None
+    origin: tuple[int, int] = (0, 0)
 
 
 STOCK = Controls()

@@ -217,7 +217,7 @@ class Flux2Transformer(nn.Module):
     def positions(self, text: int, size, shapes, controls: Controls, device):
         """cos, sin of the stock sequence [text, picture, references]."""
         axes, theta = self.config.axes_dim, self.config.theta
-        return rope_table(text, size, shapes, axes, theta, device)
+        return rope_table(text, size, shapes, axes, theta, device, controls.origin)
 
     def modulations(self, timestep, guidance, dtype, still: int):
         """-> vec, and the modulations of picture, text and single blocks; the last `still` rows of

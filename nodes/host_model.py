@@ -152,7 +152,7 @@ class HostTransformer(Flux2Transformer):
         return s
 
     def positions(self, text, size, shapes, controls: HostControls, device):
-        grids = places(size, shapes, controls.method, self.params.ref_index_scale)
+        grids = places(size, shapes, controls.method, self.params.ref_index_scale, controls.origin)
         return table(text, grids, controls.bend, self.config.axes_dim, self.config.theta, device)
 
     def _post_input(self, s: HostStream, context, references, controls: HostControls):
@@ -164,7 +164,9 @@ class HostTransformer(Flux2Transformer):
                 "Remove that node (FLUX.2 Reference Cache does its work), or set the controls to their defaults",
             )
         shapes = tuple((r.shape[2], r.shape[3]) for r in references)
-        grids = places(s.size, shapes, controls.method, self.params.ref_index_scale)
+        grids = places(
+            s.size, shapes, controls.method, self.params.ref_index_scale, controls.origin
+        )
         txt_ids, img_ids = (
             i.expand(s.img.shape[0], -1, -1).to(s.img.device)
             for i in ids(context.shape[1], grids, controls.bend)

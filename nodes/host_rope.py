@@ -10,13 +10,19 @@ from ..flux2_core.positions import rope, text_ids
 Grid = tuple[int, int, float, int, int]  # height, width, time, row and column of the first token
 
 
-def places(size: tuple[int, int], references: tuple, method: str, step: float) -> tuple[Grid, ...]:
-    """The picture's grid and each reference's.
+def places(
+    size: tuple[int, int],
+    references: tuple,
+    method: str,
+    step: float,
+    origin: tuple[int, int] = (0, 0),
+) -> tuple[Grid, ...]:
+    """The picture's grid, from `origin` on, and each reference's.
 
     `index`, FLUX.2's own way, sets references apart in time, `step` apart; `uxo` puts them on the
     diagonal after the picture; `offset` beside each other at time 1.
     """
-    grids: list[Grid] = [(*size, 0, 0, 0)]
+    grids: list[Grid] = [(*size, 0, *origin)]
     height = width = 0
     for i, (h, w) in enumerate(references):
         if method in ("index", "index_timestep_zero"):
