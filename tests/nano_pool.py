@@ -34,7 +34,7 @@ taef2 = importlib.import_module("flux2_pack.flux2_core.taef2")
 COLORS, PLACES, BACKGROUNDS = (list(t) for t in (scenes.COLORS, scenes.PLACES, scenes.BACKGROUNDS))
 SHAPES = list(scenes.SHAPES)
 JITTERS = 12
-WIDER = {"letter": 4000, "word": 6000, "count": 2500, "size": 2500}
+WIDER = {"letter": 4000, "word": 4000, "count": 1600, "size": 1600}
 
 
 def jitter(index: int) -> tuple[float, tuple[float, float]]:

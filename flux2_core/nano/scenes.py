@@ -199,11 +199,11 @@ def _as_word(things: Found) -> Found:
         return things
     ordered = sorted(things, key=lambda found: found[1][0])
     colors = {thing.color for thing, _ in ordered}
-    centre = ((ordered[0][1][0] + ordered[-1][1][0]) / 2, np.mean([c[1] for _, c in ordered]))
+    across, down = (float(np.mean(part)) for part in zip(*(c for _, c in ordered), strict=True))
     word = "".join(thing.shape[-1] if thing.shape else "?" for thing, _ in ordered)
     color = colors.pop() if len(colors) == 1 else None
-    place = min(PLACES, key=lambda p: np.hypot(*np.subtract(PLACES[p], centre)))
-    return [(Thing(WORD + word, color, place), (float(centre[0]), float(centre[1])))]
+    place = min(PLACES, key=lambda p: np.hypot(PLACES[p][0] - across, PLACES[p][1] - down))
+    return [(Thing(WORD + word, color, place), (across, down))]
 
 
 def _read(pixels: np.ndarray, lettered: bool = False) -> tuple[str | None, Found]:
