@@ -22,6 +22,7 @@ from .regions import Flux2KitRegionPrompt
 from .sampling import Flux2KitSampler
 from .save import Flux2KitSaveQuantized
 from .schema import ComfyExtension
+from .windows import Flux2KitWindows
 
 NODES = [
     Flux2KitLoader,
@@ -37,6 +38,7 @@ NODES = [
     Flux2KitRegionPrompt,
     Flux2KitReferenceCache,
     Flux2KitReferencePlan,
+    Flux2KitWindows,
     Flux2KitEmptyLatent,
     Flux2KitFlex,
     Flux2KitSampler,

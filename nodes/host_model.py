@@ -24,8 +24,10 @@ from ..flux2_core.positions import rotate
 from ..flux2_core.stream import Stream
 from ..flux2_core.transformer import Flux2Transformer
 from ..flux2_core.visibility import isolation
+from ..flux2_core.windows import blend, seen_from
 from .host_rope import angles, ids, places, table
 from .host_steer import HostControls, Steering, check_batches, steer
+from .host_windows import windows_of
 
 
 @dataclass
@@ -137,7 +139,16 @@ class HostTransformer(Flux2Transformer):
             method=kw.get("ref_latents_method") or self.params.default_ref_method,
             mask=kw.get("attention_mask"),
         )
-        return super().forward(x, timestep, context, guidance, ref_latents or (), controls)
+        run, references = super().forward, ref_latents or ()
+        if found := windows_of(transformer_options, x, controls):
+            every, overlap = found
+
+            def look(window):
+                bent = replace(seen_from(window, controls), options=dict(controls.options))
+                return run(window.cut(x), timestep, context, guidance, references, bent)
+
+            return blend(x, every, overlap, look)
+        return run(x, timestep, context, guidance, references, controls)
 
     def embed(self, x, timestep, context, guidance, references, controls: HostControls):
         made = super().embed(x, timestep, context, guidance, references, controls)

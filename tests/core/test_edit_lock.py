@@ -24,6 +24,8 @@ PUBLISHED = [
     ((2.0776, 0.0795, -1.1350), (0.9033, -0.0636, -0.5514), 0.9082),
 ]
 
+MOVED = Motion(3.4, -1.2, 1.004)
+
 
 def photo(height: int = 384, width: int = 512, seed: int = 0) -> torch.Tensor:
     """Something with detail at every scale, (H, W, 3)."""
@@ -40,7 +42,7 @@ def moved(picture: torch.Tensor, motion: Motion) -> torch.Tensor:
     return _warp(picture.movedim(-1, 0)[None], inverse, "bicubic")[0].movedim(0, -1)
 
 
-def an_edit(picture, motion=Motion(3.4, -1.2, 1.004)):
+def an_edit(picture, motion=MOVED):
     """Moved, off in colour, and with a red patch inside the mask."""
     tint = torch.tensor([[0.9, 0.06, 0.0], [0.02, 0.95, 0.02], [0.0, 0.05, 0.85]])
     edited = (moved(picture, motion) @ tint.T + torch.tensor([0.04, 0.02, -0.01])).clamp(0, 1)

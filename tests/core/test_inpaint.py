@@ -6,8 +6,7 @@ import torch
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.inpaint import extend, held, latent_mask, prepare, stitch, window
 from flux2_pack.flux2_core.sampling import denoise
-
-from .test_edit_lock import photo
+from flux2_pack.tests.core.test_edit_lock import photo
 
 
 def masked(height=300, width=420, box=(140, 90, 200, 150)):
