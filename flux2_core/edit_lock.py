@@ -81,7 +81,8 @@ def lock(
     if aligned:
         edited = undo(edited, motion).clamp(0, 1)
     if wanted is None:
-        wanted = changed_area(original, matched(edited, original, torch.ones_like(raw), color))
+        fitted = matched(edited, original, torch.ones_like(raw), color)
+        wanted = changed_area(original, fitted, feather)
     still = wanted == 0
     if not bool(still.any()):
         notes.append("the mask covers everything: colours cannot be matched")
@@ -102,11 +103,12 @@ def seam(mask: Tensor, feather: float) -> Tensor:
     return mask * (inside * inside * (3 - 2 * inside))
 
 
-def changed_area(original: Tensor, edited: Tensor) -> Tensor:
-    """Where two pictures differ visibly: (H, W), 0 or 1, small specks left out, with a margin."""
+def changed_area(original: Tensor, edited: Tensor, feather: float = 0.0) -> Tensor:
+    """Where two pictures differ visibly: (H, W), 0 or 1, small specks left out, with a margin that
+    leaves room for a seam of `feather` pixels."""
     apart = delta_e(edited, original)
     smooth = blurred(apart, max(1.0, 0.004 * max(apart.shape)))
-    margin = max(2, round(0.012 * max(apart.shape)))
+    margin = max(2, round(0.012 * max(apart.shape))) + round(feather)
     return grown((smooth > VISIBLE).float(), margin)
 
 

@@ -109,6 +109,15 @@ def test_a_lock_brings_everything_back(given):
     assert red[0] > 0.6 > 0.4 > red[1]
 
 
+def test_an_area_that_was_found_leaves_room_for_the_seam():
+    """What changed shows whole: the seam lies around it, not in it."""
+    picture = photo()
+    edited = picture.clone()
+    edited[110:240, 130:290] = torch.tensor([0.8, 0.1, 0.1])
+    out = lock(picture, edited, align=False, color="off", feather=8)
+    assert bool((out.alpha[112:238, 132:288] > 0.99).all())
+
+
 def test_outside_the_mask_every_value_is_the_originals():
     picture = photo()
     edited, mask = an_edit(picture)
