@@ -1,7 +1,7 @@
 """What bends a forward pass, and what travels through its blocks."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from .attention import attend, attend_segments
 from .kv_cache import Kept, Recorder, ReferenceCache
 from .layers import Modulation
+from .step_cache import Call, StepCache
 from .visibility import Layout, ReferenceControl, RegionPrompt
 
 
@@ -24,7 +25,7 @@ class Controls:
     look inside. `cache` keeps the references' keys and values between steps; `about` is what else
     they depend on (positions, for a host that bends them), `call` what else tells one of several
     calls a step from the others. `origin`: row and column of the first token of a window of a larger
-    picture.
+    picture. `steps` reuses what the blocks did in earlier steps.
     """
 
     kv_references: bool | None = None
@@ -36,6 +37,13 @@ class Controls:
     about: Hashable = None
     call: Hashable = None
     origin: tuple[int, int] = (0, 0)
+    steps: StepCache | None = None
+
+    @property
+    def settings(self) -> tuple:
+        """All that bends the pass, without the handles."""
+        handles = ("cache", "steps")
+        return tuple(getattr(self, f.name) for f in fields(Controls) if f.name not in handles)
 
 
 STOCK = Controls()
@@ -57,6 +65,7 @@ class Stream:
     memory: Kept | Recorder | None = (
         None  # the references' keys and values, from or for other steps
     )
+    reuse: Call | None = None  # what the blocks did in other steps
 
     @property
     def text(self) -> int:
@@ -65,6 +74,20 @@ class Stream:
     @property
     def picture(self) -> int:
         return self.layout.picture
+
+    @property
+    def rows(self) -> Tensor:
+        """The picture's rows (B, L, h) after the blocks: all there are, or cut out of the sequence."""
+        whole = self.img.shape[1] != self.picture
+        return self.img[:, self.text : self.text + self.picture] if whole else self.img
+
+    def known(self, before: Tensor) -> Tensor | None:
+        """After the first block, whose input `before` was: the picture's rows after the last one,
+        where they are near enough to earlier steps'."""
+        if self.reuse is None:
+            return None
+        first, last = before[:, : self.picture], self.img[:, : self.picture]
+        return self.reuse.reuse(first, last, compute=isinstance(self.memory, Recorder))
 
     def attention(self, block: int, attend=attend):
         """The attention callable of a block, double blocks counted first."""

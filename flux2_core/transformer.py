@@ -30,6 +30,7 @@ from .layers import (
     swiglu,
 )
 from .positions import rope_table, rotate
+from .step_cache import Call
 from .stream import STOCK, Controls, Stream
 from .visibility import ReferenceControl, arrange
 
@@ -181,13 +182,21 @@ class Flux2Transformer(nn.Module):
         return self.head(self.blocks(s))
 
     def blocks(self, s: Stream) -> Stream:
+        before = None if s.reuse is None else s.img
         for i in range(len(self.double_blocks)):
             s.img, s.txt = self.double(i, s)
+            if before is not None:
+                if (known := s.known(before)) is not None:
+                    s.img = known
+                    return s
+                before = None
         s.img, s.txt = torch.cat((s.txt, s.img), 1), s.txt[:, :0]
         for i in range(len(self.single_blocks)):
             s.img = self.single(i, s)
         if isinstance(s.memory, Recorder):
             s.memory = s.memory.finish()
+        if s.reuse is not None:
+            s.reuse.computed(s.rows)
         return s
 
     def embed(self, x, timestep, context, guidance, references, controls: Controls) -> Stream:
@@ -207,7 +216,8 @@ class Flux2Transformer(nn.Module):
             rope = (rope[0][layout.rows], rope[1][layout.rows])
         still = layout.references if kv or controls.still else 0
         mods = self.modulations(timestep, guidance, x.dtype, still)
-        return Stream(txt, img, *mods[:1], rope, *mods[1:], layout, size, memory)
+        reuse = self.reuse(x, timestep, context, guidance, references, controls)
+        return Stream(txt, img, *mods[:1], rope, *mods[1:], layout, size, memory, reuse)
 
     def isolates(self, controls: Controls) -> bool:
         """True in the KV form: references see references only, and stand at t = 0."""
@@ -273,6 +283,15 @@ class Flux2Transformer(nn.Module):
             return cache.record(key, len(self.double_blocks) + len(self.single_blocks))
         return cache.find(key)
 
+    def reuse(self, x, timestep, context, guidance, references, controls: Controls) -> Call | None:
+        """What was done in earlier steps; pictures of several times in one batch go without."""
+        if controls.steps is None or len(times := set(timestep.tolist())) != 1:
+            return None
+        embedded = guidance if self.config.guidance_embed else None
+        settings = (x.shape, x.dtype, context, embedded, *references, controls.settings)
+        blocks = len(self.double_blocks) + len(self.single_blocks)
+        return controls.steps.call(times.pop(), settings, blocks)
+
     def prefill(self, key, x, guidance, references, controls: Controls) -> Kept:
         """The references alone through all blocks: in the KV form they see nobody else, so text
         and picture may be empty. References that all pictures share run once."""
@@ -284,7 +303,9 @@ class Flux2Transformer(nn.Module):
             replace(c, active=c.seen, region=None if c.region is None else bound)
             for c in controls.references
         )
-        only = replace(controls, references=alone, regions=(), isolate=False, cache=None)
+        only = replace(
+            controls, references=alone, regions=(), isolate=False, cache=None, steps=None
+        )
         s = self.embed(
             x.new_empty(batch, x.shape[1], 0, 0),
             torch.zeros(batch, device=x.device),
@@ -310,8 +331,7 @@ class Flux2Transformer(nn.Module):
 
     def head(self, s: Stream) -> Tensor:
         """Accepts the picture's rows, or the whole sequence."""
-        x = s.img if s.img.shape[1] == s.picture else s.img[:, s.text : s.text + s.picture]
-        return grid(s.layout.restore(self.final_layer(x, s.vec)), *s.size)
+        return grid(s.layout.restore(self.final_layer(s.rows, s.vec)), *s.size)
 
     def check(self, x: Tensor, context: Tensor) -> None:
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
