@@ -28,6 +28,7 @@ from .errors import Flux2Error
 from .files import Checkpoint, open_checkpoint
 from .formats import Packed
 from .keymaps import AUTOENCODER, SPELLINGS, TRANSFORMER, from_llama_cpp, to_bfl
+from .nano.forms import FORMS, merge
 from .quantised import check_names, gather, install
 from .recognise import stranger
 from .text_encoder import TextEncoder, detect_text_encoder
@@ -66,7 +67,8 @@ OPTIONAL = {"bn.num_batches_tracked"}  # a training counter: not every file has 
 def load_transformer(
     path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None, device="cpu"
 ) -> Flux2Transformer:
-    """A file, a folder, an index of shards, or "nano" -> the transformer, `model.variant` its Variant.
+    """A file, a folder, an index of shards, "nano", "nano-distilled" or "nano-guided" -> the
+    transformer, `model.variant` its Variant.
 
     `variant` is a name of VARIANTS, needed only where `choose_variant` cannot tell. `dtype` None is
     what the file has most of; weights that have it stay mapped from the file.
@@ -165,10 +167,13 @@ def read_state_dict(
 ) -> tuple[dict[str, Tensor | Packed], Mapping[str, str], Any]:
     """`kind` transformer or vae -> (weights under BFL names, the file's metadata, its config).
 
-    The weights are mapped from the file, in its own dtypes, complete and of the right shapes.
+    The weights are mapped from the file, in its own dtypes, complete and of the right shapes; a
+    form of nano's has float32 where its file changes the base.
     """
     checkpoint = open_checkpoint(locate(path, kind), kind)
-    state = _state(checkpoint, kind)
+    state, metadata = _state(checkpoint, kind), checkpoint.metadata
+    if kind == "transformer" and str(path) in FORMS:
+        state, metadata = merge(state, str(path))
     if base is not None and state.keys() >= DECODER_ALONE:
         whole = _state(open_checkpoint(locate(base, kind), kind), kind)
         state = {f"decoder.{name}": tensor for name, tensor in state.items()}
@@ -176,7 +181,7 @@ def read_state_dict(
     file = checkpoint.path.name
     config, wanted = _meta(kind, state, file)
     check_keys(state, wanted, file)
-    return state, checkpoint.metadata, config
+    return state, metadata, config
 
 
 def _meta(kind: str, state: Weights, file: str) -> tuple[Any, Mapping[str, Tensor]]:
@@ -197,8 +202,8 @@ def _meta(kind: str, state: Weights, file: str) -> tuple[Any, Mapping[str, Tenso
 
 
 def locate(path: str | Path, kind: str) -> Path:
-    """The name "nano" means the built-in network; anything else is a path."""
-    return NANO_FILES[kind] if str(path) == "nano" else Path(path)
+    """The name "nano", and those of its forms, mean the built-in network; anything else is a path."""
+    return NANO_FILES[kind] if str(path) == "nano" or str(path) in FORMS else Path(path)
 
 
 def check_keys(state: Weights, wanted: Mapping[str, Tensor], file: str) -> None:

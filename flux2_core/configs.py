@@ -6,7 +6,7 @@ shapes, so that any size of the family loads, known or not.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import Flux2Error
 
@@ -101,6 +101,7 @@ TEXT_ENCODERS = {
 KLEIN_4B = TransformerConfig(3072, 7680, 5, 20, guidance_embed=False)
 KLEIN_9B = TransformerConfig(4096, 12288, 8, 24, guidance_embed=False)
 NANO = TransformerConfig(256, 384, 2, 4, guidance_embed=False, text_length=32)
+NANO_GUIDED = replace(NANO, guidance_embed=True)
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,10 @@ VARIANTS: dict[str, Variant] = {
         Variant("klein-base-9b", "FLUX.2 klein base 9B", KLEIN_9B, "qwen3-8b", 50, 4.0, "cfg"),
         Variant("klein-9b-kv", "FLUX.2 klein 9B-KV", _KV_9B, "qwen3-8b", 4, 1.0, "none"),
         Variant("nano", "nano (built in)", NANO, "nano", 8, 1.0, "cfg", 128),
+        Variant("nano-distilled", "nano distilled (built in)", NANO, "nano", 4, 1.0, "none", 128),
+        Variant(
+            "nano-guided", "nano guided (built in)", NANO_GUIDED, "nano", 8, 2.0, "embedded", 128
+        ),
     )
 }
 
@@ -177,7 +182,8 @@ def detect(shapes: Shapes) -> TransformerConfig:
         count(shapes, "single_blocks"),
         guidance_embed="guidance_in.in_layer.weight" in shapes,
     )
-    return NANO if config == _plain(NANO) else config
+    own = (nano for nano in (NANO, NANO_GUIDED) if config == _plain(nano))
+    return next(own, config)
 
 
 def variants_of(config: TransformerConfig) -> list[Variant]:

@@ -15,6 +15,7 @@ from .configs import Variant
 from .errors import Flux2Error
 from .guidance import Steer, Velocity, split, velocity
 from .kv_cache import ReferenceCache
+from .nano.forms import FORMS
 from .references import (
     Reference,
     Region,
@@ -38,7 +39,8 @@ Picture = Reference | Tensor | Image.Image | str | Path
 
 
 class Paths(NamedTuple):
-    """The three files of a FLUX.2; each may be "nano". `variant` None: what the file says."""
+    """The three files of a FLUX.2; each may be "nano", the transformer also "nano-distilled" or
+    "nano-guided". `variant` None: what the file says."""
 
     transformer: str | Path = "nano"
     vae: str | Path = "nano"
@@ -65,15 +67,13 @@ class Pipeline:
     def load(
         cls, name_or_paths="nano", *, dtype: torch.dtype | None = None, device="cpu"
     ) -> "Pipeline":
-        """`name_or_paths`: "nano", Paths, or a folder in diffusers form. `dtype` None: nano in
-        float32, everything else as in its file."""
+        """`name_or_paths`: "nano", "nano-distilled", "nano-guided", Paths, or a folder in diffusers
+        form. `dtype` None: nano in float32, everything else as in its file."""
         source = name_or_paths
         if isinstance(source, (str, Path)):
             source = Paths(source, source, source)
-        how = {
-            "dtype": dtype or (torch.float32 if source.transformer == "nano" else None),
-            "device": device,
-        }
+        nano = str(source.transformer) in ("nano", *FORMS)
+        how = {"dtype": dtype or (torch.float32 if nano else None), "device": device}
         model = load_transformer(source.transformer, variant=source.variant, **how)
         vae = load_autoencoder(source.vae, **how)
         return cls(model, vae, load_text_encoder(source.text_encoder, **how), model.variant)

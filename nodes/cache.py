@@ -2,7 +2,7 @@
 
 import logging
 
-from ..flux2_core.configs import NANO
+from ..flux2_core.configs import NANO, NANO_GUIDED
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.kv_cache import ReferenceCache
 from . import host_cache
@@ -109,7 +109,7 @@ def in_kv_form(model, wanted: bool) -> bool:
             "Load it with FLUX.2 Load Model or FLUX.2 Loader",
         )
     config = config_of(model)
-    if wanted and not config.kv_references and config != NANO:
+    if wanted and not config.kv_references and config not in (NANO, NANO_GUIDED):
         raise Flux2Error(
             "This model was not trained in the KV form",
             "kv_form on",

@@ -10,12 +10,13 @@ from pathlib import Path
 import folder_paths
 
 from ..flux2_core.checkpoint import NANO_FILES, choose_variant
-from ..flux2_core.configs import TransformerConfig, Variant
+from ..flux2_core.configs import VARIANTS, TransformerConfig, Variant
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.files import GGUF
 from ..flux2_core.transformer import encoder_for
 
-NANO = "nano (built in)"
+NANOS = {v.label: v.name for v in VARIANTS.values() if v.text_encoder == "nano"}
+NANO = VARIANTS["nano"].label
 NANO_FILE = str(NANO_FILES["transformer"])
 
 
@@ -31,7 +32,7 @@ def files(folder: str) -> list[str]:
 
 def path_of(folder: str, name: str) -> str:
     """A choice of a loader's list -> what the core's loaders take."""
-    return "nano" if name == NANO else folder_paths.get_full_path_or_raise(folder, name)
+    return NANOS.get(name) or folder_paths.get_full_path_or_raise(folder, name)
 
 
 def stamp(folder: str, name: str) -> tuple:

@@ -5,7 +5,7 @@ from . import host, host_find
 from .schema import Schema, io
 
 AUTO = "auto"
-VARIANT_NAMES = [AUTO, *(name for name in VARIANTS if name != "nano")]
+VARIANT_NAMES = [AUTO, *(name for name, v in VARIANTS.items() if v.text_encoder != "nano")]
 VARIANT_TIP = (
     "Which FLUX.2 the file is. auto tells it from the file; klein, klein base and klein KV have the "
     "same shapes and are told apart by the file's name, so set it if a file was renamed. It decides "
@@ -20,10 +20,11 @@ def _files(folder: str, *first: str) -> list[str]:
 def _model_input():
     return io.Combo.Input(
         "model",
-        options=_files("diffusion_models", host.NANO),
+        options=_files("diffusion_models", *host.NANOS),
         default=host.NANO,
         tooltip="A FLUX.2 file in models/diffusion_models, or nano: a tiny FLUX.2 that comes with "
-        "this pack and draws coloured shapes in seconds on any computer.",
+        "this pack and draws coloured shapes in seconds on any computer. nano distilled needs 4 "
+        "steps and takes no guidance, as klein does; nano guided takes it as a number, as dev does.",
     )
 
 
@@ -87,8 +88,9 @@ class Flux2KitLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model, variant=AUTO, text_encoder=AUTO, vae=AUTO):
         loaded = host_find.model(model, _name(variant))
-        clip = host_find.clip(text_encoder, host.config_of(loaded), model == host.NANO)
-        return io.NodeOutput(loaded, clip, host_find.vae(vae, model == host.NANO))
+        nano = model in host.NANOS
+        clip = host_find.clip(text_encoder, host.config_of(loaded), nano)
+        return io.NodeOutput(loaded, clip, host_find.vae(vae, nano))
 
 
 class Flux2KitModelLoader(io.ComfyNode):

@@ -1,17 +1,23 @@
 """nano's score: held-back prompts drawn, decoded and read by the checker.
 
-    python3 dev.py bench nano [--json FILE] [--sheet FILE] [--sets one,edit] [--steps 8] [--cases 200]
+    python3 dev.py bench nano [--json FILE] [--sets one,edit_kv] [--cases 200] [--keep FILE]
+                              [--sheet FILE] [--across forms]
 
 A set is 200 cases by default, each a prompt that training never showed (the edit forms have few,
-so they come back) with references drawn anew. A picture is right when every attribute is. The
-autoencoder is measured on scenes of its own; with --taef2 FOLDER, TAEF2's decoder reads our
-latents too.
+so they come back) with references drawn anew. A picture is right when every attribute is; what is
+wrong is counted by attribute, and what was taken for what. `_kv`, `_distilled` and `_guided` after a
+set's name are nano's other forms, `_20` is the base at 20 steps. --keep remembers counts between runs
+with the same weights.
+--sheet writes ten prompts down, steps (1 to 20) or forms across. The autoencoder is measured on
+scenes of its own; with --taef2 FOLDER, TAEF2's decoder reads our latents too.
 """
 
 import argparse
+import json
 import random
 import sys
 import time
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,8 +30,10 @@ from PIL import Image
 import report
 
 from flux2_pack.flux2_core import latents, schedule, taef2
-from flux2_pack.flux2_core.guidance import velocity
-from flux2_pack.flux2_core.nano import scenes
+from flux2_pack.flux2_core.checkpoint import NANO_FILES
+from flux2_pack.flux2_core.guidance import split, velocity
+from flux2_pack.flux2_core.nano import scenes, wider
+from flux2_pack.flux2_core.nano.forms import FORMS, form_file
 from flux2_pack.flux2_core.pipeline import Pipeline
 from flux2_pack.flux2_core.sampling import denoise
 from flux2_pack.flux2_core.transformer import Controls
@@ -34,20 +42,20 @@ COLORS, PLACES, BACKGROUNDS = map(list, (scenes.COLORS, scenes.PLACES, scenes.BA
 # per cent right; the other sets are reported
 REQUIRED = {"one": 98.0, "two": 92.0, "edit": 94.0, "edit_among": 94.0, "mix": 90.0, "pick": 75.0}
 KV_LOSS = 3.0  # points that the KV form may lie below the plain form
+DISTILLED_LOSS = 5.0  # points that distilled at 4 steps may lie below the base at 20, sets pooled
+POOLED = ("one", "two", "edit", "mix", "pick")
+PLAIN = ("one", "two", "free", "large", "edit", "edit_among", "mix", "pick")
 SETS = (
-    "one",
-    "two",
-    "free",
-    "large",
-    "edit",
-    "edit_among",
-    "mix",
-    "pick",
+    *PLAIN,
+    "order",
+    *wider.KINDS,
     "edit_kv",
     "mix_kv",
     "pick_kv",
+    *(f"{kind}_{form}" for form in ("20", "distilled", "guided") for kind in POOLED),
 )
-ATTRIBUTES = ("count", "shape", "color", "place", "background")
+ATTRIBUTES = scenes.ATTRIBUTES
+SUFFIXES = ("kv", "distilled", "guided", "20")
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,12 @@ def case(kind: str, r: random.Random) -> Case:
         place = r.choice(list(scenes.OPPOSITE))
         pair = (thing(r, place), thing(r, scenes.OPPOSITE[place]))
         prompt = scenes.describe(scenes.Scene(pair, background))
+    elif kind in wider.KINDS:
+        prompt = scenes.describe(wider.some(kind, r)[1])
+    elif kind == "order":
+        place = r.choice(list(scenes.OPPOSITE))
+        pair = (thing(r, place), thing(r, scenes.OPPOSITE[place]))[: r.randint(1, 2)]
+        prompt = scenes.reword(scenes.Scene(pair, background), r)
     elif kind == "free":
         full = thing(r)
         out = r.choice(("shape", "color", "place", "background"))
@@ -107,12 +121,19 @@ def case(kind: str, r: random.Random) -> Case:
     return Case(prompt, scenes.parse(prompt, references), references, size)
 
 
+def base_of(kind: str) -> tuple[str, str]:
+    """A set's name -> the set, and the form that draws it ("" is the base)."""
+    name, _, form = kind.rpartition("_")
+    return (name, form) if form in SUFFIXES else (kind, "")
+
+
 def cases(kind: str, n: int) -> list[Case]:
     """n held-back cases of a set, always the same."""
-    r = random.Random(kind.removesuffix("_kv"))
+    plain = base_of(kind)[0]
+    r = random.Random(plain)
     found: list[Case] = []
     while len(found) < n:
-        made = case(kind.removesuffix("_kv"), r)
+        made = case(plain, r)
         if scenes.held_back(made.prompt):
             found.append(made)
     return found
@@ -137,20 +158,23 @@ def draw(
     batch: list[Case],
     seed: int,
     steps: int = 8,
-    guidance: float = 1.0,
+    guidance: float | None = 1.0,
     side: int = 128,
     controls: Controls | None = None,
 ) -> list[Image.Image]:
-    """A batch of cases of one set -> their pictures. Noise i is that of seed + i alone."""
+    """A batch of cases of one set -> their pictures. Noise i is that of seed + i alone. `guidance`
+    None is what the pipeline's variant wants."""
     refs = []
     for i in range(len(batch[0].references)):
         drawn = [scenes.draw(c.references[i], *batch[0].reference_size) for c in batch]
         refs.append(pipe.vae.encode(tensor(drawn)))
+    embedded, scale = split(pipe.variant, guidance)
     field = velocity(
         pipe.model,
         pipe.text.encode([c.prompt for c in batch]),
-        negative=pipe.text.encode([""] * len(batch)) if guidance != 1 else None,
-        scale=guidance,
+        negative=pipe.text.encode([""] * len(batch)) if scale != 1 else None,
+        embedded=embedded,
+        scale=scale,
         references=refs,
         controls=controls,
     )
@@ -170,27 +194,104 @@ def batches(todo: list[Case], size: int):
         start += len(group)
 
 
-def score(
-    pipe: Pipeline, kind: str, options, out: report.Report
-) -> tuple[list[Image.Image], float]:
-    """-> the pictures of a set, and how many per cent of them are right."""
-    side = 256 if kind == "large" else 128
-    controls = Controls(kv_references=True) if kind.endswith("_kv") else None
-    todo, seen, right, drawn = cases(kind, options.cases), Counter(), 0, []
-    for start, batch in batches(todo, 8 if kind.startswith(("pick", "large")) else 25):
-        made = draw(pipe, batch, start, options.steps, options.guidance, side, controls)
-        for picture, wish in zip(made, batch, strict=True):
-            verdict = scenes.check(picture, wish.wanted)
-            right += verdict.ok
-            seen.update(a for a in ATTRIBUTES if getattr(verdict, a))
-        drawn += made
-    prompts = len({c.prompt for c in todo})
-    case = f"{kind}, {len(todo)} held-back cases of {prompts} prompts, {options.steps} steps"
-    for attribute in ATTRIBUTES:
-        out.add(case, f"{attribute} right", 100 * seen[attribute] / len(todo), "%")
-    share = 100 * right / len(todo)
-    out.add(case, "all right", share, "%", at_least=REQUIRED.get(kind))
-    return drawn, share
+class Scores:
+    """What was drawn of each set, counted; counts of an earlier run with the same weights come from
+    `keep`."""
+
+    def __init__(self, options, out: report.Report):
+        self.options, self.out, self.pipes = options, out, {}
+        self.right: dict[str, float] = {}  # set -> per cent
+        keep = options.keep
+        self.kept = json.loads(keep.read_text()) if keep and keep.exists() else {}
+
+    def pipe(self, form: str) -> Pipeline:
+        name = f"nano-{form}" if f"nano-{form}" in FORMS else "nano"
+        if name not in self.pipes:
+            self.pipes[name] = Pipeline.load(name)
+        return self.pipes[name]
+
+    def count(self, kind: str) -> dict[str, int]:
+        """{"right", each attribute that was wrong, "x as y"} -> how often, and "steps"."""
+        options, (plain, form) = self.options, base_of(kind)
+        pipe, guidance = self.pipe(form), options.guidance
+        steps = {"distilled": pipe.variant.steps, "20": 20}.get(form, options.steps)
+        if form in ("distilled", "guided"):
+            guidance = None
+        key = f"{kind} {options.cases} {steps} {guidance} {weights(form)}"
+        if key in self.kept:
+            return self.kept[key]
+        side = 256 if plain == "large" else 128
+        controls = Controls(kv_references=True) if form == "kv" else None
+        found = Counter(steps=steps)
+        for start, batch in batches(cases(kind, options.cases), 8 if plain in HEAVY else 25):
+            made = draw(pipe, batch, start, steps, guidance, side, controls)
+            for picture, wish in zip(made, batch, strict=True):
+                found.update(told(scenes.check(picture, wish.wanted), wish.wanted))
+        self.kept[key] = dict(found)
+        if options.keep:
+            options.keep.write_text(json.dumps(self.kept, indent=1))
+        return self.kept[key]
+
+    def add(self, kind: str) -> None:
+        found, todo = self.count(kind), cases(kind, self.options.cases)
+        prompts, n = len({c.prompt for c in todo}), len(todo)
+        case = f"{kind}, {n} held-back cases of {prompts} prompts, {found['steps']} steps"
+        for attribute in ATTRIBUTES:
+            self.out.add(case, f"{attribute} wrong", 100 * found.get(attribute, 0) / n, "%")
+        for mistake, times in sorted(found.items(), key=lambda item: -item[1])[:20]:
+            if " as " in mistake:
+                self.out.add(case, mistake, times, "cases")
+        self.right[kind] = 100 * found.get("right", 0) / n
+        self.out.add(case, "all right", self.right[kind], "%", at_least=REQUIRED.get(kind))
+
+    def compare(self) -> None:
+        """The forms against the base."""
+        for kind, share in self.right.items():
+            plain, form = base_of(kind)
+            if form == "kv" and plain in self.right:
+                loss = self.right[plain] - share
+                self.out.add(
+                    f"{kind} against {plain}", "points lost", loss, "points", at_most=KV_LOSS
+                )
+        many, few = ([self.right.get(f"{k}_{f}") for k in POOLED] for f in ("20", "distilled"))
+        if None not in many and None not in few:
+            loss = (sum(many) - sum(few)) / len(POOLED)
+            case = f"distilled at 4 steps against base at 20, {', '.join(POOLED)} pooled"
+            self.out.add(case, "points lost", loss, "points", at_most=DISTILLED_LOSS)
+
+    def table(self) -> None:
+        """Per cent right, and wrong by attribute, for people."""
+        print(f"\n{'set':18}{'right':>8}" + "".join(f"{a:>12}" for a in ATTRIBUTES) + "   (wrong)")
+        for kind in self.right:
+            found, n = self.count(kind), self.options.cases
+            wrong = "".join(f"{100 * found.get(a, 0) / n:12.1f}" for a in ATTRIBUTES)
+            print(f"{kind:18}{self.right[kind]:8.1f}{wrong}")
+
+
+HEAVY = ("pick", "large")  # long sequences: smaller batches
+
+
+def told(verdict: scenes.Report, wanted: scenes.Scene) -> list[str]:
+    """What to count of a verdict: "right", or wrong attributes and what was taken for what."""
+    if verdict.ok:
+        return ["right"]
+    said = [attribute for attribute in ATTRIBUTES if not getattr(verdict, attribute)]
+    if len(wanted.things) == len(verdict.found.things) == 1:
+        (asked,), (seen,) = wanted.things, verdict.found.things
+        for a, b in ((asked.shape, seen.shape), (asked.color, seen.color)):
+            if a is not None and a != b:
+                said.append(f"{a} as {b or 'none'}")
+    return said
+
+
+def weights(form: str) -> int:
+    """Changes with the weights that a form rests on."""
+    files = [NANO_FILES["transformer"], NANO_FILES["text_encoder"]]
+    files += [form_file(f"nano-{form}")] if f"nano-{form}" in FORMS else []
+    crc = 0
+    for file in files:
+        crc = zlib.crc32(file.read_bytes(), crc)
+    return crc
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -222,14 +323,15 @@ def autoencoder(pipe: Pipeline, folder: Path | None, out: report.Report) -> None
         )
 
 
-def speed(pipe: Pipeline, steps: int, out: report.Report) -> None:
+def speed(pipe: Pipeline, steps: int, bound: float, out: report.Report) -> None:
     """Seconds for one picture through the pipeline: text, steps, decode."""
     times = []
     for seed in range(6):
         begun = time.perf_counter()
         pipe("a red circle left on white background", seed=seed, steps=steps)
         times.append(time.perf_counter() - begun)
-    out.add(f"one picture, {steps} steps", "time", sorted(times[1:])[2], "s", at_most=3.0)
+    case = f"one picture, {pipe.variant.label}, {steps} steps"
+    out.add(case, "time", sorted(times[1:])[2], "s", at_most=bound)
 
 
 def sheet(rows: dict[str, list[Image.Image]], file: Path, columns: int = 10) -> None:
@@ -250,21 +352,26 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--sheet", type=Path, help="a PNG of each set's first ten pictures")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="counts of earlier runs")
+    parser.add_argument("--sheet", type=Path, help="a PNG of ten prompts")
+    parser.add_argument("--across", choices=("steps", "forms"), default="steps")
     parser.add_argument("--taef2", type=Path, help="folder of taef2_decoder.safetensors")
     options = parser.parse_args()
     out = report.Report("nano", options)
-    pipe = Pipeline.load("nano")
-    autoencoder(pipe, options.taef2, out)
-    speed(pipe, options.steps, out)
-    scores = {kind: score(pipe, kind, options, out) for kind in options.sets.split(",")}
-    for kind, (_, share) in scores.items():
-        plain = kind.removesuffix("_kv")
-        if plain != kind and plain in scores:
-            loss = scores[plain][1] - share
-            out.add(f"{kind} against {plain}", "points lost", loss, "points", at_most=KV_LOSS)
+    scores = Scores(options, out)
     if options.sheet:
-        sheet({kind: drawn for kind, (drawn, _) in scores.items()}, options.sheet)
+        from nano_sheet import contact
+
+        contact(scores.pipe, options.across).save(options.sheet)
+    autoencoder(scores.pipe(""), options.taef2, out)
+    speed(scores.pipe(""), options.steps, 1.0, out)
+    kinds = [kind for kind in options.sets.split(",") if kind]
+    if any(kind.endswith("distilled") for kind in kinds):
+        speed(scores.pipe("distilled"), 4, 1.0, out)
+    for kind in kinds:
+        scores.add(kind)
+    scores.compare()
+    scores.table()
     out.finish()
 
 

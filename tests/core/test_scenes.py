@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from flux2_pack.flux2_core.errors import Flux2Error
-from flux2_pack.flux2_core.nano import scenes
+from flux2_pack.flux2_core.nano import scenes, wider
+from flux2_pack.flux2_core.nano.glyphs import STROKES
 from flux2_pack.flux2_core.nano.scenes import Scene, Thing, check, describe, draw, parse
 
 SIZES = [(128, 128), (64, 64), (256, 256), (128, 192), (64, 112)]
@@ -127,3 +128,79 @@ def test_a_fifth_of_the_prompts_is_held_back():
     prompts = {describe(some_scene(random.Random(seed))) for seed in range(2000)}
     share = sum(map(scenes.held_back, prompts)) / len(prompts)
     assert 0.17 < share < 0.23  # observed 0.207
+
+
+def wide_scene(kind: str, seed: int) -> tuple[Scene, Scene]:
+    return wider.some(kind, random.Random(f"{kind} {seed}"))
+
+
+@pytest.mark.parametrize("kind", wider.KINDS)
+def test_the_wider_world_is_drawn_worded_and_read(kind):
+    for seed in range(30):
+        scene, wish = wide_scene(kind, seed)
+        pixels = np.asarray(draw(scene), np.float32)
+        noisy = pixels + np.random.default_rng(seed).normal(0, 8, pixels.shape)
+        report = check(noisy.clip(0, 255).astype(np.uint8), describe(wish))
+        assert report.ok, f"{describe(wish)}: {report}"
+
+
+@pytest.mark.parametrize("letter", STROKES)
+def test_no_letter_is_taken_for_another(letter):
+    thing = Thing(f"letter {letter}", "blue", "center", 0.45)
+    picture = draw(Scene((thing,), "tan"))
+    right = [
+        other
+        for other in STROKES
+        if check(picture, f"a blue letter {other} center on tan background").ok
+    ]
+    assert right == [letter]
+
+
+def test_a_word_is_wrong_by_one_letter_its_order_or_its_length():
+    picture = draw(Scene((Thing("word cat", "red", "center", 0.85),), "white"))
+    assert check(picture, 'the word "cat" in red center on white background').ok
+    for word in ("cot", "act", "ca", "cats"):
+        report = check(picture, f'the word "{word}" in red')
+        assert not report.shape and report.color, word
+    assert not check(picture, 'the word "cat" in blue').color
+    assert not check(picture, 'the word "cat" in red top').place
+    assert not check(picture, "a red letter c left").count
+
+
+def test_a_count_is_wrong_by_one_and_each_object_counts():
+    things = scenes.alike(Thing("circle", "red", None, 0.3), 3)
+    picture = draw(Scene(things, "white"))
+    assert check(picture, "three red circles on white background").ok
+    assert not check(picture, "two red circles on white background").count
+    assert not check(picture, "four red circles").count
+    odd = draw(Scene((*things[:2], replace(things[2], shape="square")), "white"))
+    assert not check(odd, "three red circles").shape
+
+
+def test_small_and_large_are_told_from_what_lies_between():
+    for size, right in ((0.22, "small"), (0.38, None), (0.52, "large")):
+        picture = draw(Scene((Thing("square", "cyan", "center", size),), "white"))
+        for measure in scenes.MEASURES:
+            report = check(picture, f"a {measure} cyan square center on white background")
+            assert report.size == (measure == right) and report.shape, (size, measure)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_another_order_of_words_is_the_same_wish(seed):
+    r = random.Random(seed)
+    scene = some_scene(r) if seed % 2 else wide_scene(r.choice(wider.KINDS), seed)[1]
+    assert parse(scenes.reword(scene, r)) == parse(describe(scene))
+
+
+def test_words_are_understood_in_any_order_and_no_attribute_twice():
+    asked = parse("a red circle left on gray background")
+    for prompt in (
+        "on a grey background, a red circle at the left",
+        "left a circle in red on gray background",
+        "a gray background with a circle that is red at the left",
+    ):
+        assert parse(prompt) == asked, prompt
+    assert parse("a big blue ring in the middle").things == parse("a large blue ring center").things
+    for prompt in ("a red blue circle", "a circle left top", "red left", "three circle"):
+        with pytest.raises(Flux2Error, match="nano's checker cannot tell"):
+            parse(prompt)

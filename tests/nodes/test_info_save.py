@@ -61,7 +61,7 @@ def test_the_loader_says_what_it_took_a_file_for(host, model, caplog):
         host.call("Flux2KitModelLoader", model="toy-klein.safetensors")
         host.call("Flux2KitModelLoader", model="nano (built in)")
     assert "toy-klein.safetensors is FLUX.2 (custom), a size that no release has." in caplog.text
-    assert "nano is nano (built in), told by its shapes." in caplog.text
+    assert "nano is nano (built in), told by its metadata;" in caplog.text
 
 
 @torch.inference_mode()  # as the host runs everything

@@ -76,6 +76,28 @@ def test_the_pipeline_makes_the_graphs_latents(host, pipe, references, settings)
     assert levels <= 0.5 / 255 + 1e-4  # the file's pixels are rounded to 8 bits
 
 
+@pytest.mark.parametrize(
+    ("name", "label", "settings", "steps"),
+    [
+        ("nano-distilled", "nano distilled (built in)", {"guidance": 3.0}, 4),
+        ("nano-guided", "nano guided (built in)", {"guidance": 3.0, "steps": 3}, 3),
+    ],
+)
+def test_the_loader_offers_nanos_forms(host, pipe, name, label, settings, steps):
+    """Distilled: 4 steps, and a guidance does nothing. Guided: the number is an input."""
+    prompt = complete(host, graph(TEXT, 1, seed=6, **settings))
+    prompt["load"]["inputs"]["model"] = label
+    result = host.run(prompt, {"latent": ("sample", 0)})
+    pictures = [Reference(images(1, (64, 64))[0][0])]
+    form = Pipeline.load(name)
+    x = form.sample(TEXT, references=pictures, seed=6, **settings)
+    assert toy.difference(result.kept["latent"]["samples"], x) < CLOSE
+    assert len([shown for shown in result.progress if shown[2]]) == steps
+    other = form.sample(TEXT, references=pictures, seed=6, **{**settings, "guidance": 6.0})
+    same = toy.difference(other, x) < 1e-6
+    assert same == (name == "nano-distilled")
+
+
 def test_nano_is_fast_enough_to_be_a_default(host):
     """Auto means nano's own steps and size, with a preview of full size at each."""
     result = host.run(complete(host, graph(TEXT)), {"image": ("decode", 0)})
