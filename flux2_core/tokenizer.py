@@ -97,6 +97,18 @@ class PromptTokenizer:
             )
         return ids
 
+    def cut(self, prompt: str) -> int | None:
+        """How many characters of a prompt the model reads, None: all, its template included."""
+        length = self.config.text_length
+        if len(self.tokens(prompt)) <= length:
+            return None
+        low, high = 0, len(prompt)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = len(self.tokenize(self.template.before + prompt[:middle])) <= length
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
 
 def nano_tokenizer() -> PromptTokenizer:
     """The tokenizer that nano's file carries."""

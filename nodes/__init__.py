@@ -17,6 +17,7 @@ from .loaders import (
 from .lora import Flux2KitLoRA
 from .plan import Flux2KitReferencePlan
 from .prompt import Flux2KitPrompt
+from .prompt_builder import Flux2KitPromptBuilder
 from .references import Flux2KitApplyReferences, Flux2KitReference
 from .regions import Flux2KitRegionPrompt
 from .sampling import Flux2KitSampler
@@ -32,6 +33,7 @@ NODES = [
     Flux2KitLoRA,
     Flux2KitCheckpointInfo,
     Flux2KitSaveQuantized,
+    Flux2KitPromptBuilder,
     Flux2KitPrompt,
     Flux2KitReference,
     Flux2KitApplyReferences,

@@ -128,12 +128,26 @@ def conditioning(clip, text: str) -> list:
     return [[rows, {"pooled_output": None, **options}] for rows, options in out]
 
 
-def too_long(clip, text: str) -> list[str]:
-    """A warning for a prompt of which the model reads the beginning only."""
+def length(clip, text: str) -> list[str]:
+    """A warning for a prompt of which the model reads the beginning only, with the cut marked."""
     tokenizer = clip.tokenizer
     if not isinstance(tokenizer, Tokenizer):
         return []
-    length, count = tokenizer.prompts.config.text_length, tokenizer.count(text)
-    if count <= length:
+    most, count = tokenizer.prompts.config.text_length, tokenizer.count(text)
+    if count <= most:
         return []
-    return [f"The prompt has {count} tokens, the model reads {length}: its end is cut off."]
+    said = f"The prompt has {count} tokens, the model reads {most}: its end is cut off."
+    at = tokenizer.prompts.cut(text)
+    if not at or at >= len(text):
+        return [said]
+    return [
+        f"{said} It is read up to here: ...{text[max(0, at - 24) : at]} | {text[at : at + 16]}..."
+    ]
+
+
+def counted(clip, text: str) -> str:
+    """How much of what the model can read a prompt takes, for one of our text encoders."""
+    tokenizer = clip.tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        return ""
+    return f"{tokenizer.count(text)} of {tokenizer.prompts.config.text_length} tokens"

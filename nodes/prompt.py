@@ -2,9 +2,10 @@
 
 import logging
 
+from ..flux2_core.prompt_lint import advice
 from ..flux2_core.references import lint, resolve
 from . import host_text
-from .schema import References, Schema, io
+from .schema import References, Schema, io, ui
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Flux2KitPrompt(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text, references=()):
         text = resolve(text, references)
-        for warning in [*lint(text, references), *host_text.too_long(clip, text)]:
-            log.warning(warning)
-        return io.NodeOutput(host_text.conditioning(clip, text))
+        said = [*lint(text, references), *host_text.length(clip, text), *advice(text)]
+        for sentence in said:
+            log.warning(sentence)
+        shown = "\n".join([*said, host_text.counted(clip, text)]).strip()
+        return io.NodeOutput(host_text.conditioning(clip, text), ui=ui.PreviewText(shown))

@@ -349,3 +349,14 @@ def test_nano_knows_every_word_of_its_world():
 )
 def test_nano_splits_freely_written_prompts(prompt, words):
     assert words_of(prompt) == words.split()
+
+
+def test_where_a_long_prompt_is_cut():
+    """What is read and what is not: the first part fits, a word more does not."""
+    tokenizer = nano_tokenizer()
+    assert tokenizer.cut("a red circle") is None
+    text = "red " * 40
+    at = tokenizer.cut(text)
+    before = tokenizer.template.before
+    assert len(tokenizer.tokenize(before + text[:at])) == tokenizer.config.text_length
+    assert len(tokenizer.tokenize(before + text[: at + 4])) > tokenizer.config.text_length
