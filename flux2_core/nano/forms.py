@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..configs import NANO
 from ..files import open_checkpoint
+from ..formats import Packed
 from ..lora import read
 
 FORMS = {
@@ -25,7 +26,9 @@ def form_file(name: str) -> Path:
     return Path(__file__).parent / FORMS[name]
 
 
-def merge(base: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def merge(
+    base: Mapping[str, Tensor | Packed], name: str
+) -> tuple[dict[str, Tensor | Packed], Mapping[str, str]]:
     """The base's weights -> the form's, float32 where they change; and its file's metadata."""
     file = form_file(name)
     checkpoint = open_checkpoint(file)
@@ -33,11 +36,13 @@ def merge(base: Mapping[str, Tensor], name: str) -> tuple[dict[str, Tensor], Map
     shapes = {
         key.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
         for key, tensor in base.items()
-        if tensor.ndim == 2
+        if isinstance(tensor, Tensor) and tensor.ndim == 2
     }
     for delta in read(file, NANO, shapes)[0]:
         key, rows = f"{delta.place.layer}.weight", delta.span(NANO.hidden_size)
-        state[key] = state[key].float()
-        state[key][rows] += delta.matrix()
+        weight = state[key]
+        assert isinstance(weight, Tensor)  # nano's own file is not quantised
+        state[key] = weight = weight.float()
+        weight[rows] += delta.matrix()
     state |= checkpoint.load({key: key for key in checkpoint.tensors if key.startswith(EMBEDDER)})
     return state, checkpoint.metadata
