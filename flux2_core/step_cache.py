@@ -88,6 +88,10 @@ class StepCache:
     def __deepcopy__(self, memo) -> "StepCache":
         return self  # a handle: hosts copy the options it travels in
 
+    def like(self) -> "StepCache":
+        """An empty one with the same settings."""
+        return StepCache(self.threshold, start=self.start, end=self.end, most=self.most)
+
     def begin(self, run: Hashable, weights: Hashable = None) -> None:
         """A run begins: nothing of another one is used. weights None: as set in `self.weights`."""
         self.run, self.step, self.steps = run, 0, 0

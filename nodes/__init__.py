@@ -23,6 +23,7 @@ from .regions import Flux2KitRegionPrompt
 from .sampling import Flux2KitSampler
 from .save import Flux2KitSaveQuantized
 from .schema import ComfyExtension
+from .step_cache import Flux2KitStepCache
 from .windows import Flux2KitWindows
 
 NODES = [
@@ -40,6 +41,7 @@ NODES = [
     Flux2KitRegionPrompt,
     Flux2KitReferenceCache,
     Flux2KitReferencePlan,
+    Flux2KitStepCache,
     Flux2KitWindows,
     Flux2KitEmptyLatent,
     Flux2KitFlex,

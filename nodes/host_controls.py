@@ -15,6 +15,7 @@ from ..flux2_core.errors import Flux2Error
 from ..flux2_core.references import MOST, Reference, keep, plan
 
 KIT, CACHE, KV = "flux2_kit", "flux2_kit_cache", "flux2_kit_kv"
+STEPS = "flux2_kit_steps"
 VERSION = 1
 EMPTY = {"version": VERSION, "references": [], "regions": [], "isolate": False}
 STOCK = {"strength": 1.0, "start": 0.0, "end": 1.0, "keep": None, "region": None, "name": ""}

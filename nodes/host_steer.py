@@ -13,7 +13,7 @@ from ..flux2_core.references import active, on_grid
 from ..flux2_core.schedule import share
 from ..flux2_core.stream import Controls
 from ..flux2_core.visibility import ReferenceControl, RegionPrompt
-from .host_controls import CACHE, KV
+from .host_controls import CACHE, KV, STEPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +44,15 @@ def steer(
         method=method,
         mask=mask,
     )
-    begun, step = _progress(options)
-    if cache := options.get(CACHE):
+    begun, step, steps = _progress(options)
+    if (cache := options.get(CACHE)) is not None:
         cache.step = step
+    if (earlier := options.get(STEPS)) is not None:
+        earlier.step, earlier.steps = step, steps
+    if cache is not None or earlier is not None:
         call = (tuple(options.get("uuids", ())), tuple(options.get("cond_or_uncond", ())))
-        controls = replace(controls, cache=cache, about=(method, controls.bend), call=call)
+        about = (method, controls.bend)
+        controls = replace(controls, cache=cache, steps=earlier, about=about, call=call)
     if not kit:
         return controls
     if mask is not None:
@@ -79,13 +83,14 @@ def _entry(entry: dict, size: tuple[int, int], begun: float) -> ReferenceControl
     )
 
 
-def _progress(options: dict) -> tuple[float, int]:
-    """The share of the run that lies behind, and the step's number. Without a run: its start."""
+def _progress(options: dict) -> tuple[float, int, int]:
+    """The share of the run that lies behind, the step's number, and how many there are. Without a
+    run: its start."""
     run, now = options.get("sample_sigmas"), options.get("sigmas")
     if run is None or now is None:
-        return 0.0, 0
-    begun = share(run, float(now.flatten()[0]))
-    return begun, round(begun * (len(run) - 1))
+        return 0.0, 0, 0
+    begun, steps = share(run, float(now.flatten()[0])), len(run) - 1
+    return begun, round(begun * steps), steps
 
 
 class Steering(comfy.conds.CONDRegular):
