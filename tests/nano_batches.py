@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nano_pool import (
@@ -30,6 +31,7 @@ from nano_pool import (
 )
 
 REFERENCED = ("edit", "mix", "pick")
+LETTERED = ("letter", "word")
 EMPTY = 0.1  # share of empty prompts, for true CFG
 
 
@@ -116,7 +118,8 @@ STAGES = {
 @dataclass
 class Batch:
     """latents (B, 128, h, w); references (B, 128, h_i, w_i) each, reference i standing at number
-    `numbers[i]`; named (B, n) rows: for each number in a prompt the attributes of that reference."""
+    `numbers[i]`; named (B, n) rows: for each number in a prompt the attributes of that reference;
+    letters (B, h w): which letter a token shows, from 1, 0 none, -100 where the prompt is empty."""
 
     task: str
     latents: torch.Tensor
@@ -124,6 +127,25 @@ class Batch:
     references: list[torch.Tensor] = field(default_factory=list)
     numbers: tuple[int, ...] = ()
     named: list[list[int]] = field(default_factory=list)
+    letters: torch.Tensor | None = None
+
+
+def spots(scene) -> np.ndarray:
+    """(64,): which letter each token of 128 x 128 pixels shows, from 1; 0 where none is."""
+    thing = scene.things[0]
+    x, y = (p + o for p, o in zip(scenes.PLACES[thing.place], thing.offset, strict=True))
+    half = thing.size / 2
+    edges, found = np.arange(9) / 8, np.zeros(64, np.int64)
+    covered = np.full(64, 0.25 / 64)
+    for letter, box in scenes.letter_boxes(thing.shape, (x - half, y - half, x + half, y + half)):
+        wide, high = (
+            (np.minimum(edges[1:], box[i + 2]) - np.maximum(edges[:-1], box[i])).clip(0)
+            for i in (0, 1)
+        )
+        area = np.outer(high, wide).ravel()
+        found[area > covered] = 1 + ord(letter) - ord("a")
+        covered = np.maximum(area, covered)
+    return found
 
 
 class Data:
@@ -132,6 +154,13 @@ class Data:
     def __init__(self, pool: Path, seed: int, stage: Stage, tokens: int):
         self.random, self.stage, self.tokens = random.Random(seed), stage, tokens
         self.sets = {name: load(pool, name) for name in plan() if complete(pool, name)}
+        self.letters = {
+            kind: torch.from_numpy(
+                np.stack([spots(wider_scene(kind, row)[0]) for row in range(WIDER[kind])])
+            )
+            for kind in LETTERED
+            if f"{kind}_128" in self.sets
+        }
         self.sizes = [name for name in self.sets if name.startswith("any_") and name != "any_256"]
 
     def batch(self) -> Batch:
@@ -151,7 +180,11 @@ class Data:
             if not scenes.held_back(prompt):
                 rows.append(row)
                 prompts.append(prompt)
-        return Batch(task, data["latents"][rows], self.emptied(prompts))
+        batch = Batch(task, data["latents"][rows], self.emptied(prompts))
+        if task in LETTERED:
+            batch.letters = self.letters[task][rows]
+            batch.letters[[prompt == "" for prompt in batch.prompts]] = -100
+        return batch
 
     def wording(self, wish) -> str:
         loose = self.random.random() < self.stage.loose

@@ -8,7 +8,8 @@ The mixes of the stages are in nano_batches.py.
 
 Which reference a number means is hard to find out from pictures alone: two hours did not do it.
 Linear probes, thrown away afterwards, ask the text rows at the word that names a reference what that
-reference shows; with them it takes two minutes, and the pictures follow.
+reference shows; with them it takes two minutes, and the pictures follow. In the same way probes ask
+the picture's tokens which letter they show.
 """
 
 import argparse
@@ -39,6 +40,7 @@ HOME = Path(__file__).resolve().parents[1] / "flux2_core" / "nano"
 KV = Controls(kv_references=True)
 PROBES = 3  # after the double blocks and after the first two single blocks
 PROBE_WEIGHT = 0.1
+LETTERS = 26
 NUMBER_IDS = torch.tensor([WORDS.index(number) for number in NUMBERS])
 ATTRIBUTES = (len(SHAPES), len(COLORS), len(PLACES), len(BACKGROUNDS))
 
@@ -47,7 +49,7 @@ class Observed(Flux2Transformer):
     """The transformer, keeping the text rows between blocks, with references at any numbers."""
 
     def forward(self, *args, numbers=(), **kw):
-        self.numbers, self.text_rows = numbers, []
+        self.numbers, self.text_rows, self.picture_rows = numbers, [], []
         return super().forward(*args, **kw)
 
     def positions(self, text, size, shapes, controls, device):
@@ -59,12 +61,14 @@ class Observed(Flux2Transformer):
         img, txt = super().double(i, s)
         if i == len(self.double_blocks) - 1:
             self.text_rows.append(txt)
+            self.picture_rows.append(img[:, : s.picture])
         return img, txt
 
     def single(self, i, s):
         x = super().single(i, s)
         if i < PROBES - 1:
             self.text_rows.append(x[:, : s.text])
+            self.picture_rows.append(x[:, s.text : s.text + s.picture])
         return x
 
 
@@ -76,6 +80,9 @@ class Nano(torch.nn.Module):
         self.transformer, self.text = Observed(NANO), TextEncoder(NANO_TEXT)
         self.probes = torch.nn.ModuleList(
             torch.nn.Linear(NANO.hidden_size, sum(ATTRIBUTES)) for _ in range(PROBES)
+        )
+        self.letters = torch.nn.ModuleList(
+            torch.nn.Linear(NANO.hidden_size, LETTERS + 1) for _ in range(PROBES)
         )
         self.tokenize = nano_tokenizer().encode
 
@@ -95,14 +102,16 @@ class Nano(torch.nn.Module):
         self, batch: Batch, generator, tilt: float
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Mean square error of the velocity at a time drawn for each picture; the probes' cross
-        entropy (at the word that names a reference the text rows should know what it shows); and
-        how often the last probe knows shape and color."""
+        entropy (at the word that names a reference the text rows should know what it shows, and the
+        picture's tokens their letter); and how often the last probe knows shape and color, or the
+        letter."""
         dtype = self.transformer.img_in.weight.dtype
         ids, mask = self.tokenize(batch.prompts)
         context = self.text(ids, mask)
         x0, n = batch.latents.float(), len(batch.latents)
         if not batch.references:
-            tilt = 0.5 if x0[0, 0].numel() <= 100 else 1.0  # larger pictures need more noise
+            small = x0[0, 0].numel() <= 100 and batch.letters is None
+            tilt = 0.5 if small else 1.0  # larger pictures need more noise
         t = torch.sigmoid(1.2 * torch.randn(n, generator=generator) + tilt)
         noise = torch.randn(x0.shape, generator=generator)
         at = t[:, None, None, None]
@@ -118,6 +127,8 @@ class Nano(torch.nn.Module):
             x, t, context, references=references, controls=controls, numbers=batch.numbers
         )
         error = (v.float() - (noise - x0)).square().mean()
+        if batch.letters is not None:
+            return error, *self.read_letters(batch.letters.flatten())
         if not batch.named:
             return error, torch.zeros(()), 0.0
         wanted = torch.tensor(batch.named)
@@ -130,6 +141,17 @@ class Nano(torch.nn.Module):
             right = [g.argmax(1) == w for g, w in zip(guesses, wanted.T, strict=True)]
             known = (right[0] & right[1]).float().mean().item()
         return error, entropy, known
+
+    def read_letters(self, wanted: torch.Tensor) -> tuple[torch.Tensor, float]:
+        weight = torch.full((LETTERS + 1,), 1.0)
+        weight[0] = 0.1  # most tokens show none
+        entropy, known = torch.zeros(()), 0.0
+        for probe, rows in zip(self.letters, self.transformer.picture_rows, strict=True):
+            guess = probe(F.layer_norm(rows, rows.shape[-1:])).float().flatten(0, 1)
+            entropy = entropy + F.cross_entropy(guess, wanted, weight) / PROBES
+            shown = wanted > 0
+            known = (guess[shown].argmax(1) == wanted[shown]).float().mean().item()
+        return entropy, known
 
 
 class Optimizer:

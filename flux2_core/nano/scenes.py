@@ -70,6 +70,7 @@ __all__ = [
     "describe",
     "draw",
     "held_back",
+    "letter_boxes",
     "mix_prompt",
     "parse",
     "pick_prompt",
@@ -87,6 +88,9 @@ WORD_GAP = 0.2  # of a letter's height
 
 
 # ---------------------------------------------------------------------------------------- drawing
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def draw(scene: Scene, width: int = 128, height: int = 128) -> Image.Image:
@@ -109,14 +113,12 @@ def _given(attribute: str | None) -> str:
     return attribute
 
 
-def _draw_shape(pen, shape: str, box: tuple[float, float, float, float], fill) -> None:
+def _draw_shape(pen, shape: str, box: Box, fill) -> None:
     x0, y0, x1, y1 = box
     width, height = x1 - x0, y1 - y0
-    if shape.startswith(LETTER):
-        half = aspect(shape[-1]) * height / 2
-        draw_glyph(pen, shape[-1], ((x0 + x1) / 2 - half, y0, (x0 + x1) / 2 + half, y1), fill)
-    elif shape.startswith(WORD):
-        _draw_word(pen, shape.removeprefix(WORD), box, fill)
+    if shape.startswith((LETTER, WORD)):
+        for letter, part in letter_boxes(shape, box):
+            draw_glyph(pen, letter, part, fill)
     elif shape == "circle":
         pen.ellipse(box, fill)
     elif shape == "square":
@@ -130,14 +132,20 @@ def _draw_shape(pen, shape: str, box: tuple[float, float, float, float], fill) -
         pen.ellipse(box, None, fill, width=round(width * 0.22))
 
 
-def _draw_word(pen, word: str, box: tuple[float, float, float, float], fill) -> None:
-    """The letters fill the box's width, in its middle."""
+def letter_boxes(shape: str, box: Box) -> list[tuple[str, Box]]:
+    """Each letter of a letter or a word that fills a square box, and the part that it fills."""
+    x0, y0, x1, y1 = box
+    if shape.startswith(LETTER):
+        half = aspect(shape[-1]) * (y1 - y0) / 2
+        return [(shape[-1], ((x0 + x1) / 2 - half, y0, (x0 + x1) / 2 + half, y1))]
+    word = shape.removeprefix(WORD)
     shares = [aspect(letter) for letter in word]
-    height = (box[2] - box[0]) / (sum(shares) + WORD_GAP * (len(word) - 1))
-    left, top = box[0], (box[1] + box[3] - height) / 2
+    height = (x1 - x0) / (sum(shares) + WORD_GAP * (len(word) - 1))
+    left, top, found = x0, (y0 + y1 - height) / 2, []
     for letter, share in zip(word, shares, strict=True):
-        draw_glyph(pen, letter, (left, top, left + share * height, top + height), fill)
+        found.append((letter, (left, top, left + share * height, top + height)))
         left += (share + WORD_GAP) * height
+    return found
 
 
 # --------------------------------------------------------------------------------------- checking
