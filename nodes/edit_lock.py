@@ -56,6 +56,15 @@ def _inputs() -> list:
     ]
 
 
+def _outputs() -> list:
+    return [
+        io.Image.Output(tooltip="The locked edit, in the original's size."),
+        io.Image.Output(display_name="report", tooltip="Before, after, and where they differ."),
+        io.String.Output(display_name="text", tooltip="Shift, scale and colour difference."),
+        io.Mask.Output(tooltip="How much of the edit shows, pixel by pixel."),
+    ]
+
+
 class Flux2KitEditLock(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -67,38 +76,29 @@ class Flux2KitEditLock(io.ComfyNode):
             "mask the picture is the original's, pixel for pixel.",
             search_aliases=["color match", "composite", "pixel shift", "colour drift", "restore"],
             inputs=_inputs(),
-            outputs=[
-                io.Image.Output(tooltip="The locked edit, in the original's size."),
-                io.Image.Output(
-                    display_name="report", tooltip="Before, after, and where they differ."
-                ),
-                io.String.Output(
-                    display_name="text", tooltip="Shift, scale and colour difference."
-                ),
-                io.Mask.Output(tooltip="How much of the edit shows, pixel by pixel."),
-            ],
+            outputs=_outputs(),
         )
 
     @classmethod
     def execute(cls, original, edited, mask=None, **how):
-        count = len(edited)
-        masks = each(mask, count, "The mask")
-        olds = [original[i % len(original)][..., :3] for i in range(count)]
-        pairs = zip(olds, edited[..., :3], masks, strict=True)
-        done = [lock(old.cpu(), new.cpu(), where, **how) for old, new, where in pairs]
+        done, shown = locked(original[..., :3].cpu(), edited[..., :3].cpu(), mask, how)
+        image, alpha = torch.stack([d.image for d in done]), torch.stack([d.alpha for d in done])
         text = "\n\n".join(map(str, done))
-        shown = difference.report(
-            {"original": olds[0], "locked edit": done[0].image},
-            {
-                "difference as it came": done[0].map,
-                "difference now": delta_e(olds[0].cpu(), done[0].image),
-            },
-            str(done[0]),
-        )
-        out = torch.stack([one.image for one in done]), torch.stack([one.alpha for one in done])
-        return io.NodeOutput(
-            out[0], shown[None], text, out[1], ui=ui.PreviewImage(shown[None], cls=cls)
-        )
+        return io.NodeOutput(image, shown, text, alpha, ui=ui.PreviewImage(shown, cls=cls))
+
+
+def locked(original, edited, mask, how: dict) -> tuple[list, torch.Tensor]:
+    """Each edit locked to its original (one may serve all), and the report on the first."""
+    count = len(edited)
+    masks = each(mask, count, "The mask")
+    olds = [original[i % len(original)] for i in range(count)]
+    done = [lock(*pair, **how) for pair in zip(olds, edited, masks, strict=True)]
+    maps = {
+        "difference as it came": done[0].map,
+        "difference now": delta_e(olds[0], done[0].image),
+    }
+    pictures = {"original": olds[0], "locked edit": done[0].image}
+    return done, difference.report(pictures, maps, str(done[0]))[None]
 
 
 class Flux2KitCompare(io.ComfyNode):
@@ -131,20 +131,24 @@ class Flux2KitCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, perceptual=False):
-        if len(first) != len(second) and 1 not in (len(first), len(second)):
-            raise Flux2Error(
-                "These pictures do not pair up",
-                f"{len(first)} and {len(second)}",
-                "Give as many on both sides, or one on one side",
-            )
-        count = max(len(first), len(second))
-        pairs = [(first[i % len(first)], second[i % len(second)]) for i in range(count)]
-        pairs = [(a[..., :3].cpu(), b[..., :3].cpu()) for a, b in pairs]
-        found = [quality.distance(a, b, perceptual=perceptual) for a, b in pairs]
-        text = "\n".join(map(str, found))
-        if perceptual and found[0].lpips is None:
-            text += "\nLPIPS needs the Python package lpips, which is not installed"
-        a, b = pairs[0]
-        maps = {"difference (CIEDE2000)": delta_e(a, b)}
-        shown = difference.report({"first": a, "second": b}, maps, text)[None]
+        text, shown = compared(first[..., :3].cpu(), second[..., :3].cpu(), perceptual)
         return io.NodeOutput(shown, text, ui=ui.PreviewImage(shown, cls=cls))
+
+
+def compared(first, second, perceptual: bool) -> tuple[str, torch.Tensor]:
+    """A line of figures for each pair, and the report on the first."""
+    if len(first) != len(second) and 1 not in (len(first), len(second)):
+        raise Flux2Error(
+            "These pictures do not pair up",
+            f"{len(first)} and {len(second)}",
+            "Give as many on both sides, or one on one side",
+        )
+    count = max(len(first), len(second))
+    pairs = [(first[i % len(first)], second[i % len(second)]) for i in range(count)]
+    found = [quality.distance(a, b, perceptual=perceptual) for a, b in pairs]
+    text = "\n".join(map(str, found))
+    if perceptual and found[0].lpips is None:
+        text += "\nLPIPS needs the Python package lpips, which is not installed"
+    a, b = pairs[0]
+    maps = {"difference (CIEDE2000)": delta_e(a, b)}
+    return text, difference.report({"first": a, "second": b}, maps, text)[None]

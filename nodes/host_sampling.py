@@ -3,7 +3,9 @@
 import inspect
 import logging
 
+import comfy.conds
 import comfy.model_management as memory
+import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import comfy.utils
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ..flux2_core import latents, schedule
 from ..flux2_core.errors import Flux2Error
-from ..flux2_core.guidance import advice, check_negative, split
+from ..flux2_core.guidance import Course, advice, check_negative, rescaled, split
 from ..flux2_core.sampling import check_finite
 from .host import check_text, config_of, variant_of, with_values
 from .host_controls import check_host_model
@@ -23,8 +25,15 @@ log = logging.getLogger(__name__)
 
 
 class Guider(comfy.samplers.CFGGuider):
-    """The host's guider. Under a host's sampler too it shows the picture at every step: hosts start
-    with previews switched off."""
+    """The host's guider, with guidance that may change over the run.
+
+    Under a host's sampler too it shows the picture at every step: hosts start with previews off.
+    """
+
+    course: Course | None = None  # None: constant, the host's own way
+    embedded = False  # whether the course is an input of the model, or the scale of CFG
+    rescale = 0.0
+    zero_init = False
 
     def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, **kw):
         if args.preview_method == LatentPreviewMethod.NoPreviews:
@@ -34,6 +43,34 @@ class Guider(comfy.samplers.CFGGuider):
     def run(self, *values, **kw):
         """The host's sampling with the callback as it is."""
         return super().sample(*values, **kw)
+
+    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's)
+        run = model_options.get("transformer_options", {}).get("sample_sigmas")
+        sigma = float(timestep.flatten()[0])
+        if run is not None:
+            if self.zero_init and sigma >= float(run[0]) * (1 - 1e-4):
+                return x  # a velocity of zero
+            if self.course is not None:
+                strength = self.course.over(run)
+                self.set_strength(strength(sigma) if callable(strength) else strength)
+        if self.rescale and self.cfg != 1:
+            model_options = comfy.model_patcher.set_model_options_post_cfg_function(
+                dict(model_options), self.take_back
+            )
+        return super().predict_noise(x, timestep, model_options, seed)
+
+    def set_strength(self, value: float) -> None:
+        if not self.embedded:
+            return self.set_cfg(value)
+        for entry in self.conds["positive"]:
+            if "guidance" in entry.get("model_conds", {}):
+                entry["model_conds"]["guidance"] = comfy.conds.CONDRegular(torch.tensor([value]))
+
+    def take_back(self, given: dict) -> Tensor:
+        """CFG rescale, on velocities: v = (x - x0) / sigma."""
+        x, sigma = given["input"], given["sigma"].flatten()[0]
+        guided, positive = ((x - given[k]) / sigma for k in ("denoised", "cond_denoised"))
+        return x - sigma * rescaled(guided, positive, self.rescale)
 
 
 def _both(first, second):
@@ -45,9 +82,19 @@ def _both(first, second):
     return callback
 
 
-def guider(model, positive, negative, guidance: float) -> Guider:
+def guider(
+    model,
+    positive,
+    negative,
+    guidance: float,
+    *,
+    course: Course | None = None,
+    rescale: float = 0.0,
+    zero_init: bool = False,
+) -> Guider:
     """`guidance` 0 is what the variant wants; a value that another node put into the prompt's
-    conditioning then counts. Raises Flux2Error for texts and models that do not fit."""
+    conditioning then counts. `course` says how it changes over the run. Raises Flux2Error for texts
+    and models that do not fit."""
     variant, config = variant_of(model), config_of(model)
     check_host_model(model, positive, negative)
     for sentence in advice(variant, guidance=guidance):
@@ -55,27 +102,43 @@ def guider(model, positive, negative, guidance: float) -> Guider:
     embedded, scale = split(variant, guidance)
     for text, _ in positive + (negative or []):
         check_text(text.shape[-1], config)
-    check_negative(variant, scale, bool(negative))
-    if embedded is not None and (guidance or not any("guidance" in o for _, o in positive)):
-        positive = with_values(positive, guidance=embedded)
+    changes = course is not None and course.kind != "constant"
+    if changes and variant.guidance_kind == "cfg" and course.most > 1:
+        check_negative(variant, course.most, bool(negative))
+    elif not changes:
+        check_negative(variant, scale, bool(negative))
+    if embedded is not None:
+        known = any("guidance" in o for _, o in positive)
+        if guidance or changes or not known:
+            positive = with_values(positive, guidance=embedded)
     out = Guider(model)
     out.inner_set_conds({"positive": positive} | ({"negative": negative} if negative else {}))
     out.set_cfg(scale)
+    if variant.guidance_kind != "none":
+        out.course, out.embedded = course if changes else None, embedded is not None
+        out.rescale = 0.0 if out.embedded else rescale
+    out.zero_init = zero_init
     return out
 
 
-def sigmas(model, latent: dict, steps: int, denoise: float = 1.0) -> Tensor:
+def sigmas(model, latent: dict, steps: int, denoise: float = 1.0, **how) -> Tensor:
     """The schedule for a latent's size; `steps` 0 is what the variant wants. With `denoise` below 1
-    it is the end of a longer one, so that as many steps are run."""
+    it is the end of a longer one, so that as many steps are run. `how` as in schedule.sigmas."""
     for sentence in advice(variant_of(model), steps=steps):
         log.warning(sentence)
     steps = steps or variant_of(model).steps
+    width, height = size_of(latent)
+    if denoise == 1:
+        return schedule.sigmas(steps, width=width, height=height, **how)
+    total = max(steps, round(steps / denoise))
+    return schedule.sigmas(total, width=width, height=height, **how)[-(steps + 1) :]
+
+
+def size_of(latent: dict) -> tuple[int, int]:
+    """Width and height of a LATENT's picture in pixels."""
     height, width = latent["samples"].shape[-2:]
     ratio = latent.get("downscale_ratio_spacial", latents.PIXELS)
-    full = schedule.sigmas(
-        max(steps, round(steps / denoise)), width=width * ratio, height=height * ratio
-    )
-    return full[-(steps + 1) :]
+    return width * ratio, height * ratio
 
 
 def sample(guider: Guider, sigmas: Tensor, latent: dict, seed: int) -> dict:

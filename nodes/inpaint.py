@@ -45,6 +45,36 @@ def put_back(images: Tensor, latent: dict) -> Tensor:
     return images if place is None else inpaint.stitch(images.cpu(), place)
 
 
+def _window() -> list:
+    return [
+        io.Float.Input(
+            "context",
+            default=0.5,
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            tooltip="How much of the surroundings the model sees, in sizes of the masked "
+            "part, on every side. 10 is as good as the whole picture.",
+        ),
+        io.Float.Input(
+            "megapixels",
+            default=0.0,
+            min=0.0,
+            max=4.0,
+            step=0.05,
+            tooltip="Size at which the window is worked on, in millions of pixels. 0 leaves "
+            "it as it is; 1 draws a small part with all the detail the model has.",
+        ),
+        io.Int.Input(
+            "grow",
+            default=0,
+            min=0,
+            max=256,
+            tooltip="Pixels by which the mask is made larger first.",
+        ),
+    ]
+
+
 class Flux2KitInpaint(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -59,31 +89,7 @@ class Flux2KitInpaint(io.ComfyNode):
                 io.Image.Input("image", tooltip="The picture."),
                 io.Mask.Input("mask", tooltip="White where it is redrawn; gray for soft edges."),
                 io.Vae.Input("vae", tooltip="The FLUX.2 VAE."),
-                io.Float.Input(
-                    "context",
-                    default=0.5,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much of the surroundings the model sees, in sizes of the masked "
-                    "part, on every side. 10 is as good as the whole picture.",
-                ),
-                io.Float.Input(
-                    "megapixels",
-                    default=0.0,
-                    min=0.0,
-                    max=4.0,
-                    step=0.05,
-                    tooltip="Size at which the window is worked on, in millions of pixels. 0 leaves "
-                    "it as it is; 1 draws a small part with all the detail the model has.",
-                ),
-                io.Int.Input(
-                    "grow",
-                    default=0,
-                    min=0,
-                    max=256,
-                    tooltip="Pixels by which the mask is made larger first.",
-                ),
+                *_window(),
                 io.Float.Input("feather", **FEATHER),
             ],
             outputs=_outputs(),

@@ -304,22 +304,24 @@ def time_words(run: Run, references, clock) -> list[str]:
     if run.cache is None or not sum(references):
         steps = run.variant.steps
         return [
-            f"Time: about {_time(full)} a step{passes}; {_time(full * steps)} for the {steps} steps "
+            f"Time: about {seconds_as_words(full)} a step{passes}; {seconds_as_words(full * steps)} for the {steps} steps "
             f"that {run.variant.label} wants."
         ]
     cached = clock.seconds(run.config, **sizes, cached=True)
     if run.cache.mode == "approximate":
         return [
-            f"Time: about {_time(cached)} a step{passes} with cached references, {_time(full)} "
+            f"Time: about {seconds_as_words(cached)} a step{passes} with cached references, {seconds_as_words(full)} "
             "where they are computed anew."
         ]
     alone = clock.seconds(run.config, text=0, picture=0, references=references, kv=True)
-    return [f"Time: about {_time(cached)} a step{passes}, and {_time(alone)} once for references."]
+    return [
+        f"Time: about {seconds_as_words(cached)} a step{passes}, and {seconds_as_words(alone)} once for references."
+    ]
 
 
 def _bytes(count: float) -> str:
     return f"{count / GB:.1f} GB" if count >= 0.95 * GB else f"{count / 2**20:.0f} MB"
 
 
-def _time(seconds: float) -> str:
+def seconds_as_words(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 0.95 else f"{1000 * seconds:.0f} ms"
