@@ -45,7 +45,7 @@ def picture(decode: Decode, x0: Tensor):
 def decoder(model) -> Decode:
     """nano's own decoder for nano, TAEF2 where the user has it, else a linear guess of colours."""
     variant = getattr(model.model, "variant", None)
-    if variant is not None and variant.text_encoder == "nano":
+    if variant is not None and variant.name.startswith("nano"):
         return _nano
     for name in folder_paths.get_filename_list("vae_approx"):
         if name.startswith("taef2_decoder") and name.endswith(".safetensors"):
