@@ -135,7 +135,7 @@ VARIANTS: dict[str, Variant] = {
         Variant("nano", "nano (built in)", NANO, "nano", 8, 1.0, "cfg", 128),
         Variant("nano-distilled", "nano distilled (built in)", NANO, "nano", 4, 1.0, "none", 128),
         Variant(
-            "nano-guided", "nano guided (built in)", NANO_GUIDED, "nano", 8, 2.0, "embedded", 128
+            "nano-guided", "nano guided (built in)", NANO_GUIDED, "nano", 8, 4.0, "embedded", 128
         ),
     )
 }
