@@ -4,6 +4,7 @@ from .cache import Flux2KitReferenceCache
 from .edit_lock import Flux2KitCompare, Flux2KitEditLock
 from .examples import Flux2KitExamplePicture
 from .flex import Flux2KitFlex
+from .grid import Flux2KitGrid
 from .hosted import Flux2KitHosted, Flux2KitHostedCost
 from .info import Flux2KitCheckpointInfo
 from .inpaint import Flux2KitInpaint, Flux2KitOutpaint
@@ -45,6 +46,7 @@ NODES = [
     Flux2KitWindows,
     Flux2KitEmptyLatent,
     Flux2KitFlex,
+    Flux2KitGrid,
     Flux2KitSampler,
     Flux2KitVAEEncode,
     Flux2KitVAEDecode,
