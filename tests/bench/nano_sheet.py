@@ -41,8 +41,8 @@ def contact(pipe: Callable, across: str) -> Image.Image:
         lines = wrap(case.prompt, 42)
         pen.text((6, top), "\n".join(lines), INK, font)
         for i, scene in enumerate(case.references):
-            small = scenes.draw(scene).resize((52, 52))
-            page.paste(small, (6 + i % 5 * 57, top + 20 + 15 * (len(lines) - 1) + i // 5 * 55))
+            small = scenes.draw(scene).resize((42, 42))
+            page.paste(small, (6 + i % 5 * 46, top + 22 + 15 * (len(lines) - 1) + i // 5 * 46))
         for x, (form, steps, guidance, kv) in enumerate(columns.values()):
             controls = Controls(kv_references=True) if kv else None
             made = draw(pipe(form), [case], 0, steps, guidance, controls=controls)[0]
