@@ -16,6 +16,7 @@ from .pipeline import Paths, Pipeline
 from .quantised import quantize
 from .references import Reference, Region
 from .sampling import denoise
+from .step_cache import StepCache
 from .stream import Controls
 from .text_encoder import TextEncoder
 from .transformer import Flux2Transformer
@@ -35,6 +36,7 @@ __all__ = [
     "ReferenceControl",
     "Region",
     "RegionPrompt",
+    "StepCache",
     "TextEncoder",
     "TextEncoderConfig",
     "TransformerConfig",
