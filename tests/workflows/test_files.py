@@ -148,7 +148,7 @@ def test_thumbnail(name):
     said = asked(GRAPHS[name])
     with Image.open(FOLDER / f"{name}.jpg") as image:
         assert image.format == "JPEG" and image.size == (thumbnails.SIDE, thumbnails.SIDE)
-        picture = image.crop(thumbnails.box(len(said["references"]), len(verdict.sentences(said))))
+        picture = image.crop(thumbnails.box(len(said["references"]), verdict.across(said)))
     assert wrong(picture, GRAPHS[name]) == []
 
 

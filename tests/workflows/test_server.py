@@ -72,7 +72,7 @@ def drawn(server, known):
 def test_drawn_right(drawn, name):
     """The picture passes its checker, and carries the workflow."""
     workflow, picture = load(name), drawn(name)
-    many = len(verdict.sentences(asked(workflow)))
+    many = verdict.across(asked(workflow))
     assert picture.size == (128 * many + 8 * (many - 1), 128)
     assert '"flux2_kit"' in picture.info["workflow"]
     assert wrong(picture, workflow) == []

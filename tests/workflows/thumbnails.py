@@ -70,7 +70,7 @@ def write(picture: Path, into: Path) -> Path:
     workflow = json.loads((ROOT / "workflows" / f"{picture.stem}.json").read_text("utf-8"))
     asked = workflow["extra"]["flux2_kit"]
     references = [scenes.draw(scenes.parse(text), 256, 256) for text in asked["references"]]
-    file, many = into / f"{picture.stem}.jpg", len(verdict.sentences(asked))
+    file, many = into / f"{picture.stem}.jpg", verdict.across(asked)
     with Image.open(picture) as image:
         compose(image.convert("RGB"), references, many).save(file, quality=90, subsampling=0)
     return file
