@@ -65,15 +65,22 @@ def complete(scene: scenes.Scene) -> scenes.Scene:
     """What the text leaves open gets a value, always the same one."""
     things = scene.things
     places = FREE_PLACES.get(len(things), tuple(scenes.PLACES))
-    sizes = scenes.SIZES if len(things) == 1 else scenes.PAIR_SIZES
+    counted = len(things) > 2 and len(set(things)) == 1  # three circles
+    if counted:
+        kind = replace(things[0], size=sum(scenes.COUNT_SIZES) / 2)
+        things = scenes.alike(kind, len(things))
     filled = (
         replace(
             thing,
             shape=thing.shape or "circle",
             color=thing.color or "red",
             place=thing.place or places[i % len(places)],
-            size=sum(sizes) / 2,
+            size=thing.size if counted else middle(thing, len(things)),
         )
         for i, thing in enumerate(things)
     )
     return scenes.Scene(tuple(filled), scene.background or "white")
+
+
+def middle(thing: scenes.Thing, count: int) -> float:
+    return sum(scenes.usual_sizes(thing, count)) / 2

@@ -42,6 +42,7 @@ from .world import (
     Scene,
     Thing,
     alike,
+    usual_sizes,
 )
 
 __all__ = [
@@ -76,6 +77,7 @@ __all__ = [
     "pick_prompt",
     "recolor_prompt",
     "reword",
+    "usual_sizes",
 ]  # fmt: skip
 
 COLOR_TOLERANCE = 60.0  # Euclidean distance in RGB

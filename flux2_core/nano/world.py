@@ -65,6 +65,15 @@ class Scene:
     anything: bool = False
 
 
+def usual_sizes(thing: Thing, count: int) -> tuple[float, float]:
+    """From what to what a thing is drawn, where `count` objects are in the picture."""
+    if thing.measure:
+        return MEASURES[thing.measure]
+    if thing.shape and thing.shape.startswith((LETTER, WORD)):
+        return LETTER_SIZES if thing.shape.startswith(LETTER) else WORD_SIZES
+    return SIZES if count == 1 else PAIR_SIZES
+
+
 def alike(kind: Thing, count: int) -> tuple[Thing, ...]:
     """Up to four objects of one kind, spread over the picture, to draw."""
     spread = {

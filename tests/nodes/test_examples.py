@@ -22,6 +22,10 @@ def picture(host, text, size=128):
         "a red circle left on white background",
         "a black cross top on pink background",
         "a cyan ring left and an orange triangle right on tan background",
+        "a small blue square top on gray background",
+        "a red letter k left on white background",
+        'the word "cat" in blue center on tan background',
+        "three green crosses on pink background",
     ],
 )
 def test_what_the_text_says(host, text, size):
