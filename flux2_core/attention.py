@@ -128,15 +128,18 @@ def attend_segments(
     A group with keys of one weight goes through `kernel`; others are merged by their
     log-sum-exp, in float32.
     """
-    outs = []
-    for group in table.groups:
-        rows = q[:, :, group.rows]
-        if len(group.parts) == 1 and not isinstance(group.parts[0].weight, Tensor):
-            keys = group.parts[0].keys
-            outs.append(kernel(rows, _take(k, keys), _take(v, keys)))
-        else:
-            outs.append(joined(_merge(rows, k, v, group.parts)))
+    outs = [attend_group(q[:, :, g.rows], k, v, g.parts, kernel) for g in table.groups]
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+
+
+def attend_group(
+    q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part], kernel: Kernel = attend
+) -> Tensor:
+    """Queries of equal sight, (B, H, Q, D), and what they see -> (B, Q, H * D)."""
+    if len(parts) == 1 and not isinstance(parts[0].weight, Tensor):
+        keys = parts[0].keys
+        return kernel(q, _take(k, keys), _take(v, keys))
+    return joined(merged(q, k, v, parts)[0].to(q.dtype))
 
 
 def _take(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
@@ -145,20 +148,23 @@ def _take(x: Tensor, keys: tuple[slice, ...]) -> Tensor:
     return torch.cat([x[:, :, span] for span in keys], 2)
 
 
-def _merge(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part]) -> Tensor:
-    """softmax over all parts, each with log w added to its logits."""
-    out = total = None
+def merged(q: Tensor, k: Tensor, v: Tensor, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """softmax over all parts, each with log w added to its logits -> out (B, H, Q, D) in float32 and
+    its log-sum-exp (B, H, Q). Every query sees at least itself: there is a part."""
+    done = None
     for part in parts:
         one, lse = attend_lse(q, _take(k, part.keys), _take(v, part.keys))
         w = part.weight
         lse = lse + (math.log(w) if isinstance(w, (int, float)) else w.to(lse).log())
-        if out is None or total is None:
-            out, total = one.float(), lse
-        else:
-            out = out.lerp(one.float(), torch.sigmoid(lse - total)[..., None])
-            total = torch.logaddexp(total, lse)
-    assert out is not None  # every query sees at least itself
-    return out.to(q.dtype)
+        done = (one.float(), lse) if done is None else merge(done, (one.float(), lse))
+    assert done is not None
+    return done
+
+
+def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Two parts' out and log-sum-exp -> those of both together."""
+    out = a[0].lerp(b[0], torch.sigmoid(b[1] - a[1])[..., None])
+    return out, torch.logaddexp(a[1], b[1])
 
 
 # ------------------------------------------------------------------------------------ log-sum-exp

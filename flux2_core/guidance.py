@@ -157,7 +157,7 @@ def velocity(
     """-> v(x, t) with x (B, 128, h, w), t (B,); context and negative (B or 1, T, ctx).
 
     Two forwards where scale is not 1; both get the references (source: reference implementation),
-    the prompts of regions, and their isolation, only the first. `embedded` and `scale` may be
+    the prompts of regions, their isolation, and what attention steers away from, only the first. `embedded` and `scale` may be
     functions of sigma. `rescale`: see `rescaled`. `zero_above`: from this sigma on the velocity is zero
     and the model is not asked (zero-init of Fan et al. 2025, CFG-Zero*).
     """
@@ -168,7 +168,7 @@ def velocity(
         text = text.expand(x.shape[0], -1, -1)
         now = controls(float(t[0])) if callable(controls) else controls
         if now is not None and drop:
-            now = replace(now, regions=(), isolate=False)
+            now = replace(now, regions=(), isolate=False, negative=None)
         return model(x, t, text, guidance, references, now)
 
     def two(x: Tensor, t: Tensor) -> Tensor:

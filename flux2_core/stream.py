@@ -10,6 +10,7 @@ from torch import Tensor
 from .attention import attend, attend_segments
 from .kv_cache import Kept, Recorder, ReferenceCache
 from .layers import Modulation
+from .negatives import Both, Negative
 from .step_cache import Call, StepCache
 from .visibility import Layout, ReferenceControl, RegionPrompt
 
@@ -25,7 +26,7 @@ class Controls:
     look inside. `cache` keeps the references' keys and values between steps; `about` is what else
     they depend on (positions, for a host that bends them), `call` what else tells one of several
     calls a step from the others. `origin`: row and column of the first token of a window of a larger
-    picture. `steps` reuses what the blocks did in earlier steps.
+    picture. `steps` reuses what the blocks did in earlier steps. `negative` steers away from a text.
     """
 
     kv_references: bool | None = None
@@ -38,6 +39,7 @@ class Controls:
     call: Hashable = None
     origin: tuple[int, int] = (0, 0)
     steps: StepCache | None = None
+    negative: Negative | None = None
 
     @property
     def settings(self) -> tuple:
@@ -66,6 +68,7 @@ class Stream:
         None  # the references' keys and values, from or for other steps
     )
     reuse: Call | None = None  # what the blocks did in other steps
+    both: Both | None = None  # attention with the prompt and with a negative
 
     @property
     def text(self) -> int:
@@ -106,4 +109,8 @@ class Stream:
         if not q.shape[2]:
             return v.new_empty(len(v), 0, v.shape[1] * v.shape[3])
         table = self.layout.last if q.shape[2] == self.layout.picture else self.layout.table
-        return attend(q, k, v) if table is None else attend_segments(q, k, v, table, attend)
+        if table is None:
+            return attend(q, k, v)
+        if self.both is not None:
+            return self.both(q, k, v, table, attend)
+        return attend_segments(q, k, v, table, attend)

@@ -29,6 +29,8 @@ from .layers import (
     sinusoid,
     swiglu,
 )
+from .negatives import Both
+from .negatives import check as check_negative
 from .positions import rope_table, rotate
 from .step_cache import Call
 from .stream import STOCK, Controls, Stream
@@ -204,12 +206,13 @@ class Flux2Transformer(nn.Module):
         kv = self.isolates(controls)
         memory = self.recall(x, timestep, context, guidance, references, controls, kv)
         size, shapes = (x.shape[2], x.shape[3]), tuple((r.shape[2], r.shape[3]) for r in references)
+        negative, both = self.negative(context, size, controls)
         layout = arrange(
             context.shape[1], size, shapes, controls.references, controls.regions,
-            isolate=controls.isolate, kv=kv, cached=isinstance(memory, Kept), device=x.device,
+            negative=sum(n.shape[1] for n in negative), isolate=controls.isolate, kv=kv, cached=isinstance(memory, Kept), device=x.device,
         )  # fmt: skip
-        texts = [context, *(r.context.expand(len(x), -1, -1) for r in controls.regions)]
-        txt = self.txt_in(torch.cat([t.to(x) for t in texts], 1))
+        texts = [context, *negative, *(r.context for r in controls.regions)]
+        txt = self.txt_in(torch.cat([t.to(x).expand(len(x), -1, -1) for t in texts], 1))
         img = self.img_in(layout.tokens(x, references))
         rope = self.positions(context.shape[1], size, shapes, controls, x.device)
         if layout.rows is not None:
@@ -217,7 +220,18 @@ class Flux2Transformer(nn.Module):
         still = layout.references if kv or controls.still else 0
         mods = self.modulations(timestep, guidance, x.dtype, still)
         reuse = self.reuse(x, timestep, context, guidance, references, controls)
-        return Stream(txt, img, *mods[:1], rope, *mods[1:], layout, size, memory, reuse)
+        return Stream(txt, img, *mods[:1], rope, *mods[1:], layout, size, memory, reuse, both)
+
+    def negative(self, context, size, controls: Controls) -> tuple[list[Tensor], Both | None]:
+        """The text to steer away from, if there is one, and where it stands."""
+        how = controls.negative
+        if how is None or not how.active:
+            return [], None
+        check_negative(how, context)
+        text = context.shape[1]
+        start = 2 * text + sum(r.context.shape[1] for r in controls.regions)
+        picture = slice(start, start + size[0] * size[1])
+        return [how.context], Both(slice(0, text), slice(text, 2 * text), picture, how)
 
     def isolates(self, controls: Controls) -> bool:
         """True in the KV form: references see references only, and stand at t = 0."""
@@ -278,7 +292,11 @@ class Flux2Transformer(nn.Module):
                 key, x, guidance, references, replace(controls, references=tuple(steer))
             )
         content += [context, *(t for r in controls.regions for t in (r.context, r.region))]
-        key = cache.key(content, (*about, x.shape, controls.call, controls.isolate))
+        more = [x.shape, controls.call, controls.isolate]
+        if (away := controls.negative) is not None and away.active:
+            content.append(away.context)
+            more += [away.scale, away.tau, away.alpha]
+        key = cache.key(content, (*about, *more))
         if cache.due(key):
             return cache.record(key, len(self.double_blocks) + len(self.single_blocks))
         return cache.find(key)
@@ -304,8 +322,9 @@ class Flux2Transformer(nn.Module):
             for c in controls.references
         )
         only = replace(
-            controls, references=alone, regions=(), isolate=False, cache=None, steps=None
-        )
+            controls, references=alone, regions=(), isolate=False, cache=None, steps=None,
+            negative=None,
+        )  # fmt: skip
         s = self.embed(
             x.new_empty(batch, x.shape[1], 0, 0),
             torch.zeros(batch, device=x.device),

@@ -1,9 +1,10 @@
 """Who sees whom: from controls to the rows of a sequence and the weights between them.
 
-Rows stand as [text | region prompts | picture | references]. Text sees itself, the picture and the
+Rows stand as [text | negative | region prompts | picture | references]. Text sees itself, the picture and the
 references that are not bound to a region; a region's prompt sees itself, its region and what may
 act there, and is seen by its region alone; a bound reference sees itself, its region and that
-region's prompt; in the KV form references see references only.
+region's prompt; in the KV form references see references only. A negative prompt sees what the prompt
+sees, but itself in its place, and is seen by nobody here: `negatives.py` brings it to the picture.
 """
 
 from collections.abc import Sequence
@@ -87,6 +88,7 @@ class Layout:
     references: int
     table: Table | None
     last: Table | None
+    negative: int = 0  # rows of the negative prompt, after the prompt's
     lengths: tuple[int, ...] = ()  # tokens of each reference in the sequence
 
     def tokens(self, x: Tensor, references: Sequence[Tensor]) -> Tensor:
@@ -110,6 +112,7 @@ def arrange(
     references: Sequence[ReferenceControl] = (),
     regions: Sequence[RegionPrompt] = (),
     *,
+    negative: int = 0,
     isolate: bool = False,
     kv: bool = False,
     cached: bool = False,
@@ -117,7 +120,7 @@ def arrange(
 ) -> Layout:
     """Text length, the picture's and the references' grids (h, w), and what is wanted -> Layout.
 
-    `kv`: references see references only. `cached`: the references' keys come from elsewhere, after
+    `negative`: length of a negative prompt. `kv`: references see references only. `cached`: the references' keys come from elsewhere, after
     all others; their rows do not. Raises Flux2Error for maps of another size.
     """
     steer = [references[i] if i < len(references) else STOCK for i in range(len(shapes))]
@@ -136,6 +139,7 @@ def arrange(
         for i, k in zip(present, kept, strict=True)
     ]
     segments = [Segment("text", 0, text)]
+    segments += [Segment("negative", 0, negative)] if negative else []
     segments += [Segment("prompt", k, r.context.shape[1]) for k, r in enumerate(regions)]
     segments += pieces
     queries = list(segments)
@@ -148,12 +152,15 @@ def arrange(
         () if cached else present,
         () if cached else tuple(k if k is None else k.to(device) for k in kept),
         None if order is None else order.to(device),
-        _rows(text, size, shapes, regions, () if cached else present, kept, order, device),
-        text=sum(s.length for s in segments if s.kind in ("text", "prompt")),
+        _rows(
+            text, negative, size, shapes, regions, () if cached else present, kept, order, device
+        ),
+        text=sum(s.length for s in segments if s.kind in ("text", "negative", "prompt")),
         picture=size[0] * size[1],
         references=0 if cached else sum(lengths),
         table=whole,
         last=None if whole is None else _table(pieces, segments, sight),
+        negative=negative,
         lengths=() if cached else tuple(lengths),
     )
 
@@ -195,13 +202,17 @@ def _pieces(length: int, maps: dict) -> tuple[Tensor | None, list[Segment]]:
     return order, pieces
 
 
-def _rows(text, size, shapes, regions, present, kept, order, device) -> Tensor | None:
+def _rows(text, negative, size, shapes, regions, present, kept, order, device) -> Tensor | None:
     """Where each row stands in the stock sequence [text, picture, references]."""
     every = present == tuple(range(len(shapes))) and all(k is None for k in kept)
-    if every and order is None and not regions:
+    if every and order is None and not regions and not negative:
         return None
     picture = size[0] * size[1]
-    parts = [torch.arange(text), *(torch.arange(r.context.shape[1]) for r in regions)]
+    parts = [
+        torch.arange(text),
+        torch.arange(negative),
+        *(torch.arange(r.context.shape[1]) for r in regions),
+    ]
     parts.append(text + (torch.arange(picture) if order is None else order))
     starts = [text + picture + sum(h * w for h, w in shapes[:i]) for i in range(len(shapes))]
     for i, keep in zip(present, kept, strict=False):
@@ -230,6 +241,8 @@ class Sight:
     def __call__(self, a: Segment, b: Segment) -> Weight:
         if a == b:
             return 1.0
+        if b.kind == "negative":
+            return 0.0
         if b.kind == "reference":
             return self._reference(a, b.index)
         if a.kind == "reference" and self.kv:
@@ -269,7 +282,7 @@ class Sight:
             bound = ("reference", a.index)
             prompts = (key for key in self.maps if key[0] == "prompt")
             return float(bound not in self.maps or not any(self._meet(p, bound) for p in prompts))
-        if a.kind == "prompt":
+        if a.kind in ("prompt", "negative"):
             return 0.0
         weight = torch.ones(a.length)
         for k, region in enumerate(self.regions):
