@@ -30,6 +30,7 @@ from .references import (
     to_pil,
 )
 from .sampling import OnStep, denoise
+from .step_cache import StepCache
 from .stream import Controls
 from .text_encoder import TextEncoder
 from .transformer import Flux2Transformer, encoder_for
@@ -91,6 +92,7 @@ class Pipeline:
         regions: Sequence[Region] = (),
         isolate: bool = False,
         cache: ReferenceCache | None = None,
+        step_cache: StepCache | None = None,
         negative: str | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -101,8 +103,8 @@ class Pipeline:
     ) -> Tensor:
         """-> the finished latent (1, 128, height / 16, width / 16). None: what the variant wants.
 
-        With true CFG and no `negative`, an empty prompt stands in for it. `regions`, `isolate` and
-        `cache` as in transformer.Controls.
+        With true CFG and no `negative`, an empty prompt stands in for it. `regions`, `isolate`,
+        `cache` and `step_cache` as in stream.Controls; a step cache begins with each call.
         """
         width, height = width or self.variant.size, height or self.variant.size
         pictures = [read(r) for r in references]
@@ -123,23 +125,32 @@ class Pipeline:
             embedded=embedded,
             scale=scale,
             references=self.encode(pictures),
-            controls=self._steer(pictures, grid, sigmas, tuple(prompts), isolate, cache),
+            controls=self._steer(
+                pictures, grid, sigmas, tuple(prompts), isolate, cache, step_cache
+            ),
         )
         x = latents.noise(seed, width=width, height=height).to(self.device)
         return denoise(self._cast(field), x, sigmas, on_step=on_step)
 
-    def _steer(self, pictures, grid, sigmas, regions, isolate: bool, cache) -> Steer:
+    def _steer(self, pictures, grid, sigmas, regions, isolate: bool, cache, steps) -> Steer:
         """What holds at each time of a run."""
         kept = [keep(r, fit) for r, fit in zip(pictures, plan(pictures), strict=True)]
         if cache is not None:
             cache.begin(object(), weights=_weights(self.model))
+        if steps is not None:
+            steps.begin(object())
 
         def at(sigma: float) -> Controls:
-            behind = schedule.share(sigmas, sigma)
-            if cache is not None:
-                cache.step = round(behind * (len(sigmas) - 1))
+            behind, number = schedule.share(sigmas, sigma), len(sigmas) - 1
+            for handle in (cache, steps):
+                if handle is not None:
+                    handle.step = round(behind * number)
+            if steps is not None:
+                steps.steps = number
             steered = controls(pictures, kept, grid, behind)
-            return Controls(references=steered, regions=regions, isolate=isolate, cache=cache)
+            return Controls(
+                references=steered, regions=regions, isolate=isolate, cache=cache, steps=steps
+            )
 
         return at
 
