@@ -26,9 +26,9 @@ class Negative:
     """
 
     context: Tensor
-    scale: float = 4.0
+    scale: float = 5.0
     tau: float = 2.5
-    alpha: float = 0.5
+    alpha: float = 0.25
 
     @property
     def active(self) -> bool:

@@ -16,6 +16,7 @@ from .loaders import (
     Flux2KitVAELoader,
 )
 from .lora import Flux2KitLoRA
+from .negative import Flux2KitNegative
 from .plan import Flux2KitReferencePlan
 from .prompt import Flux2KitPrompt
 from .prompt_builder import Flux2KitPromptBuilder
@@ -40,6 +41,7 @@ NODES = [
     Flux2KitReference,
     Flux2KitApplyReferences,
     Flux2KitRegionPrompt,
+    Flux2KitNegative,
     Flux2KitReferenceCache,
     Flux2KitReferencePlan,
     Flux2KitStepCache,

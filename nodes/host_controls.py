@@ -1,8 +1,8 @@
 """Controls on their way through the host: what a conditioning carries beside the host's own keys,
 and which MODEL can read it.
 
-Beside `reference_latents` stands flux2_kit = {"version", "references", "regions", "isolate"}. Its
-references are parallel to the latents. Where nothing differs from stock the key is absent, and the
+Beside `reference_latents` stands flux2_kit = {"version", "references", "regions", "isolate",
+"negative"}. Its references are parallel to the latents. Where nothing differs from stock the key is absent, and the
 conditioning is the host's own.
 """
 
@@ -17,7 +17,13 @@ from ..flux2_core.references import MOST, Reference, keep, plan
 KIT, CACHE, KV = "flux2_kit", "flux2_kit_cache", "flux2_kit_kv"
 STEPS = "flux2_kit_steps"
 VERSION = 1
-EMPTY = {"version": VERSION, "references": [], "regions": [], "isolate": False}
+EMPTY = {
+    "version": VERSION,
+    "references": [],
+    "regions": [],
+    "isolate": False,
+    "negative": None,
+}
 STOCK = {"strength": 1.0, "start": 0.0, "end": 1.0, "keep": None, "region": None, "name": ""}
 
 
@@ -61,7 +67,7 @@ def with_kit(options: dict, kit: dict) -> dict:
     """The options with these controls, or without the key where all of them are stock."""
     plain = {key: value for key, value in options.items() if key != KIT}
     steered = any(e | {"name": ""} != STOCK for e in map(_comparable, kit["references"]))
-    return plain | ({KIT: kit} if steered or kit["regions"] else {})
+    return plain | ({KIT: kit} if steered or kit["regions"] or kit["negative"] else {})
 
 
 def _comparable(entry: dict) -> dict:
@@ -98,6 +104,15 @@ def with_region(conditioning, region: dict, isolate: bool):
     return out
 
 
+def with_negative(conditioning, negative: dict):
+    """The conditioning that steers away from a text: {"context", "scale", "tau", "alpha", "start",
+    "end"}. One that it had before is replaced."""
+    return [
+        [text, with_kit(options, kit_of(options) | {"negative": negative})]
+        for text, options in conditioning
+    ]
+
+
 def is_ours(model) -> bool:
     """True for a MODEL of this pack, False for the host's own."""
     return isinstance(getattr(model.model, "config", None), TransformerConfig)
@@ -109,7 +124,7 @@ def check_host_model(model, positive, negative=None) -> None:
         return
     carries = any(KIT in options for _, options in [*positive, *(negative or ())])
     if carries or CACHE in model.model_options.get("transformer_options", {}):
-        what = "controls of references or regions" if carries else "a reference cache"
+        what = "controls of references, regions or a negative" if carries else "a reference cache"
         raise Flux2Error(
             "This model cannot read the controls of FLUX.2 references and regions",
             f"{what}, and a model from the host's own loader",

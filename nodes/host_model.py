@@ -168,7 +168,8 @@ class HostTransformer(Flux2Transformer):
 
     def _post_input(self, s: HostStream, context, references, controls: HostControls):
         """Let patches change the sequence before its positions are turned into angles."""
-        if controls.references or controls.regions or controls.cache is not None:
+        steered = controls.references or controls.regions or controls.negative
+        if steered or controls.cache is not None:
             raise Flux2Error(
                 "Another node changes the model's sequence, which controlled references cannot follow",
                 "a post_input patch, for instance of Flux KV Cache",
@@ -352,5 +353,6 @@ class Model(comfy.model_base.Flux2):
             out["c_crossattn"] = comfy.conds.CONDRegular(F.pad(text, (0, 0, short, 0)))
         check_batches(kwargs.get("reference_latents"), kwargs.get("noise"))
         if kit := kwargs.get("flux2_kit"):
-            out["flux2_kit"] = Steering.of(kit, self.config.text_length)
+            rows = 0 if text is None else text.shape[1]
+            out["flux2_kit"] = Steering.of(kit, max(self.config.text_length, rows))
         return out

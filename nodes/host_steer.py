@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..flux2_core.errors import Flux2Error
+from ..flux2_core.negatives import Negative
 from ..flux2_core.references import active, on_grid
 from ..flux2_core.schedule import share
 from ..flux2_core.stream import Controls
@@ -70,6 +71,7 @@ def steer(
             RegionPrompt(r["context"], on_grid(r["region"], size), r["base"]) for r in regions
         ),
         isolate=bool(kit.get("isolate")),
+        negative=_negative(kit.get("negative"), begun),
     )
 
 
@@ -81,6 +83,12 @@ def _entry(entry: dict, size: tuple[int, int], begun: float) -> ReferenceControl
         entry.get("keep"),
         None if region is None else on_grid(region, size),
     )
+
+
+def _negative(entry: dict | None, begun: float) -> Negative | None:
+    if entry is None or not active(entry["start"], entry["end"], begun):
+        return None
+    return Negative(entry["context"], entry["scale"], entry["tau"], entry["alpha"])
 
 
 def _progress(options: dict) -> tuple[float, int, int]:
@@ -102,7 +110,10 @@ class Steering(comfy.conds.CONDRegular):
         regions = [
             {**r, "context": _padded(r["context"], text_length)} for r in kit.get("regions", ())
         ]
-        return cls({**kit, "regions": regions})
+        negative = kit.get("negative")
+        if negative:
+            negative = {**negative, "context": _padded(negative["context"], text_length)}
+        return cls({**kit, "regions": regions, "negative": negative})
 
     def process_cond(self, batch_size, **kwargs):
         return self
