@@ -87,11 +87,11 @@ class Course:
         return self.low + along * (self.value - self.low)
 
     @property
-    def most(self) -> float:
-        """The largest value on the way."""
+    def values(self) -> tuple[float, ...]:
+        """The values between which it runs."""
         if self.kind == "curve":
-            return max(self.points)
-        return self.value if self.kind == "constant" else max(self.value, self.low)
+            return self.points
+        return (self.value,) if self.kind == "constant" else (self.value, self.low)
 
     def over(self, sigmas: Tensor) -> Strength:
         """As a function of sigma within a run; a number where it is constant."""

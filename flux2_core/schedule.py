@@ -126,8 +126,7 @@ def sigmas(
         raise Flux2Error(
             "There is no such spacing", repr(spacing)[:40], f"Choose one of {', '.join(SPACINGS)}"
         )
-    way = SPACINGS[spacing]
-    total = max(steps, round(steps / (end - start)))
+    way, total = SPACINGS[spacing], whole(steps, start, end)
     first = total - steps if end == 1 else min(round(start * total), total - steps)
     u = torch.linspace(1, 0, total + 1, dtype=torch.float64)
     placed = way.place(u, total) if curve is None else through(curve, u)
@@ -135,6 +134,11 @@ def sigmas(
         amount = mu((height // 16) * (width // 16), total) if shift_by is None else shift_by
         placed = shift(placed, amount)
     return placed.float()[first : first + steps + 1]
+
+
+def whole(steps: int, start: float = 0.0, end: float = 1.0) -> int:
+    """The steps of the schedule of which `steps` are run: mu belongs to this number."""
+    return max(steps, round(steps / (end - start)))
 
 
 def through(curve: Tensor, u: Tensor) -> Tensor:
@@ -151,7 +155,9 @@ def through(curve: Tensor, u: Tensor) -> Tensor:
 NUMBERS = re.compile(r"[\s,;]+")
 
 
-def numbers(text: str, what: str, *, least: int = 2, low=-math.inf, high=math.inf) -> list[float]:
+def numbers(
+    text: str, what: str, *, least: int = 2, low=-math.inf, high=math.inf, example="1 0.8 0.3 0"
+) -> list[float]:
     """Numbers as people type them, parted by spaces, commas or lines. Raises Flux2Error that says
     which of them is none, too few or out of range; `what` names the field."""
     found = []
@@ -162,7 +168,7 @@ def numbers(text: str, what: str, *, least: int = 2, low=-math.inf, high=math.in
             raise Flux2Error(
                 f"{what} holds something that is no number",
                 repr(word)[:40],
-                "Write numbers parted by spaces or commas: 1 0.8 0.3 0",
+                f"Write numbers parted by spaces or commas: {example}",
             ) from error
         if not (low <= value <= high):  # NaN is not
             raise Flux2Error(
@@ -173,7 +179,7 @@ def numbers(text: str, what: str, *, least: int = 2, low=-math.inf, high=math.in
         found.append(value)
     if len(found) < least:
         raise Flux2Error(
-            f"{what} needs at least {least} numbers", f"{len(found)}", "Write more: 1 0.8 0.3 0"
+            f"{what} needs at least {least} numbers", f"{len(found)}", f"Write it like: {example}"
         )
     return found
 

@@ -18,6 +18,7 @@ from .loaders import (
 from .lora import Flux2KitLoRA
 from .negative import Flux2KitNegative
 from .plan import Flux2KitReferencePlan
+from .preview import Flux2KitContinue, Flux2KitPreview
 from .prompt import Flux2KitPrompt
 from .prompt_builder import Flux2KitPromptBuilder
 from .references import Flux2KitApplyReferences, Flux2KitReference
@@ -25,6 +26,8 @@ from .regions import Flux2KitRegionPrompt
 from .sampling import Flux2KitSampler
 from .save import Flux2KitSaveQuantized
 from .schema import ComfyExtension
+from .solver import Flux2KitSolver
+from .state import Flux2KitLoadState, Flux2KitSaveState
 from .step_cache import Flux2KitStepCache
 from .windows import Flux2KitWindows
 
@@ -49,7 +52,12 @@ NODES = [
     Flux2KitEmptyLatent,
     Flux2KitFlex,
     Flux2KitGrid,
+    Flux2KitSolver,
     Flux2KitSampler,
+    Flux2KitPreview,
+    Flux2KitContinue,
+    Flux2KitSaveState,
+    Flux2KitLoadState,
     Flux2KitVAEEncode,
     Flux2KitVAEDecode,
     Flux2KitInpaint,

@@ -165,7 +165,7 @@ class Flux2KitFlex(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent, steps=0, guidance=0.0, negative=None, **how):
-        made = plan(model, latent, steps, guidance, **how)
+        made = plan(model, positive, latent, steps, guidance, **how)
         for sentence in made.warnings:
             log.warning(sentence)
         guider = host_sampling.guider(

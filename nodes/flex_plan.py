@@ -29,7 +29,7 @@ class Planned:
 
 
 def plan(
-    model, latent, steps=0, guidance=0.0, preset="standard", spacing="flux2", mu=0.0, curve="",
+    model, positive, latent, steps=0, guidance=0.0, preset="standard", spacing="flux2", mu=0.0, curve="",
     start=0.0, end=1.0, course="constant", low=1.0, guidance_start=0.0, guidance_end=1.0,
     guidance_curve="", rescale=0.0, zero_init=False, measure=True,
 ) -> Planned:  # fmt: skip
@@ -48,11 +48,15 @@ def plan(
             drawn = schedule.numbers(curve, "The curve", low=0, high=1)
             how |= {"spacing": "flux2", "curve": schedule.monotone(drawn, "The curve")}
         sigmas = host_sampling.sigmas(model, latent, asked, shift_by=mu or None, **how)
-    embedded, scale = split(variant, guidance)
+    embedded, scale = split(variant, guidance or known(positive))
     value = scale if embedded is None else embedded
     points = ()
     if course == "curve":
-        points = tuple(schedule.numbers(guidance_curve, "The curve of guidance", low=0, high=30))
+        points = tuple(
+            schedule.numbers(
+                guidance_curve, "The curve of guidance", low=0, high=30, example="1 4 4 1"
+            )
+        )
     way = Course(value, course, low, guidance_start, guidance_end, points)
     count = len(sigmas) - 1
     inert = variant.guidance_kind == "none"
@@ -65,9 +69,14 @@ def plan(
         strengths,
         {"rescale": rescale, "zero_init": zero_init},
         f"{variant.label}, {count} steps at {size[0]} x {size[1]}",
-        _words(model, latent, variant, sigmas, passes, mu, spacing, measure),
+        _words(model, latent, sigmas, passes, mu, spacing, (start, end), measure),
         _warnings(variant, count, strengths, course, rescale, (start, end), typed is not None),
     )
+
+
+def known(positive) -> float:
+    """The guidance that another node put into the prompt, or 0."""
+    return next((float(o["guidance"]) for _, o in positive if o.get("guidance")), 0.0)
 
 
 def _passes(variant: Variant, strength: float, skipped: bool) -> int:
@@ -77,10 +86,10 @@ def _passes(variant: Variant, strength: float, skipped: bool) -> int:
     return 2 if variant.guidance_kind == "cfg" and strength != 1 else 1
 
 
-def _words(model, latent, variant, sigmas, passes, mu, spacing, measure) -> list[str]:
+def _words(model, latent, sigmas, passes, mu, spacing, span, measure) -> list[str]:
     run, count = run_of(model, latent, NONE), len(sigmas) - 1
     picture = run.picture
-    shift = mu or schedule.mu(picture, count)
+    shift = mu or schedule.mu(picture, schedule.whole(count, *span))
     shifted = spacing == CURVE or (
         spacing in schedule.SPACINGS and schedule.SPACINGS[spacing].shifted
     )
@@ -111,6 +120,10 @@ def _warnings(variant, count, strengths, course, rescale, span, typed) -> list[s
                 f"{variant.label} is distilled and takes no guidance: its course does nothing."
             )
         return said
+    if course != "constant" and len(set(strengths)) == 1:
+        said.append(
+            f"The course of guidance never changes: with {count} steps it stays at {strengths[0]:g}."
+        )
     least, most = RECOMMENDED["guidance"]
     peak = max(strengths, default=1.0)
     if peak > most or (peak < least and peak != 1):

@@ -71,8 +71,10 @@ class Flux2KitGrid(io.ComfyNode):
 
 def values(steps: str, guidance: str) -> tuple[list[int], list[float]]:
     """What is typed -> numbers of steps, guidance values. Raises Flux2Error for too many."""
-    rows = schedule.numbers(steps, "The list of steps", least=1, low=0, high=200)
-    columns = schedule.numbers(guidance, "The list of guidance values", least=1, low=0, high=30)
+    rows = schedule.numbers(steps, "The list of steps", least=1, low=0, high=200, example="8 20 50")
+    columns = schedule.numbers(
+        guidance, "The list of guidance values", least=1, low=0, high=30, example="1.5 4 7"
+    )
     if len(rows) * len(columns) > MOST:
         raise Flux2Error(
             "That is a very large sheet",

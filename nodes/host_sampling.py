@@ -103,10 +103,9 @@ def guider(
     for text, _ in positive + (negative or []):
         check_text(text.shape[-1], config)
     changes = course is not None and course.kind != "constant"
-    if changes and variant.guidance_kind == "cfg" and course.most > 1:
-        check_negative(variant, course.most, bool(negative))
-    elif not changes:
-        check_negative(variant, scale, bool(negative))
+    if variant.guidance_kind == "cfg":
+        for value in course.values if changes else (scale,):
+            check_negative(variant, value, bool(negative))
     if embedded is not None:
         known = any("guidance" in o for _, o in positive)
         if guidance or changes or not known:
@@ -141,13 +140,13 @@ def size_of(latent: dict) -> tuple[int, int]:
     return width * ratio, height * ratio
 
 
-def sample(guider: Guider, sigmas: Tensor, latent: dict, seed: int) -> dict:
-    """Run Euler from noise (or from a noised picture) -> the finished LATENT."""
+def sample(guider: Guider, sigmas: Tensor, latent: dict, seed: int, sampler=None) -> dict:
+    """Run a SAMPLER (None: Euler) from noise, or from a noised picture -> the finished LATENT."""
     start = empty_for(guider.model_patcher, latent)
     out = guider.run(
         noise(seed, start, latent.get("batch_index")),
         start,
-        comfy.samplers.sampler_object("euler"),
+        sampler or comfy.samplers.sampler_object("euler"),
         sigmas,
         denoise_mask=latent.get("noise_mask"),
         callback=progress(guider.model_patcher, len(sigmas) - 1),

@@ -1,8 +1,9 @@
-"""The sampler: noise, schedule, guidance and Euler in one node."""
+"""The sampler: noise, schedule, guidance and solver in one node."""
 
-from . import host_sampling
+from . import host_run, host_sampling
 from .flex import GUIDANCE, NEGATIVE, STEPS
 from .schema import Schema, io
+from .solver import ETA, SOLVER
 
 SEED = {
     "default": 0,
@@ -43,14 +44,18 @@ class Flux2KitSampler(io.ComfyNode):
                 io.Float.Input("guidance", **GUIDANCE),
                 io.Int.Input("seed", **SEED),
                 io.Float.Input("denoise", **DENOISE),
+                io.Combo.Input("solver", optional=True, **SOLVER),
+                io.Float.Input("eta", optional=True, **ETA),
             ],
             outputs=[io.Latent.Output(tooltip="The finished latent, for FLUX.2 VAE Decode.")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, latent, steps=0, guidance=0.0, seed=0, denoise=1.0, negative=None
-    ):
+        cls, model, positive, latent, steps=0, guidance=0.0, seed=0, denoise=1.0, negative=None,
+        solver="euler", eta=1.0,
+    ):  # fmt: skip
         guider = host_sampling.guider(model, positive, negative, guidance)
         sigmas = host_sampling.sigmas(model, latent, steps, denoise)
-        return io.NodeOutput(host_sampling.sample(guider, sigmas, latent, seed))
+        sampler = None if solver == "euler" else host_run.for_latent(solver, eta, seed, latent)
+        return io.NodeOutput(host_sampling.sample(guider, sigmas, latent, seed, sampler))

@@ -4,9 +4,10 @@ import inspect
 
 from comfy_api.latest import ComfyExtension, io, ui
 
-__all__ = ["ComfyExtension", "References", "Schema", "io", "ui"]
+__all__ = ["ComfyExtension", "References", "Schema", "State", "io", "ui"]
 
 References = io.Custom("FLUX2KIT_REFERENCES")
+State = io.Custom("FLUX2KIT_STATE")
 
 
 def Schema(**fields) -> io.Schema:
