@@ -2,6 +2,7 @@
 
 from .cache import Flux2KitReferenceCache
 from .edit_lock import Flux2KitCompare, Flux2KitEditLock
+from .enlarge import Flux2KitEnlarge
 from .examples import Flux2KitExamplePicture
 from .flex import Flux2KitFlex
 from .grid import Flux2KitGrid
@@ -17,6 +18,7 @@ from .loaders import (
 )
 from .lora import Flux2KitLoRA
 from .negative import Flux2KitNegative
+from .noise import Flux2KitNoise
 from .plan import Flux2KitReferencePlan
 from .preview import Flux2KitContinue, Flux2KitPreview
 from .prompt import Flux2KitPrompt
@@ -52,10 +54,12 @@ NODES = [
     Flux2KitEmptyLatent,
     Flux2KitFlex,
     Flux2KitGrid,
+    Flux2KitNoise,
     Flux2KitSolver,
     Flux2KitSampler,
     Flux2KitPreview,
     Flux2KitContinue,
+    Flux2KitEnlarge,
     Flux2KitSaveState,
     Flux2KitLoadState,
     Flux2KitVAEEncode,

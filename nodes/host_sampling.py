@@ -16,6 +16,7 @@ from torch import Tensor
 from ..flux2_core import latents, schedule
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.guidance import Course, advice, check_negative, rescaled, split
+from ..flux2_core.noise import between, composed
 from ..flux2_core.sampling import check_finite
 from .host import check_text, config_of, variant_of, with_values
 from .host_controls import check_host_model
@@ -42,7 +43,11 @@ class Guider(comfy.samplers.CFGGuider):
 
     def run(self, *values, **kw):
         """The host's sampling with the callback as it is."""
-        return super().sample(*values, **kw)
+        before = self.cfg
+        try:
+            return super().sample(*values, **kw)
+        finally:
+            self.cfg = before  # a course has moved it
 
     def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (the host's)
         run = model_options.get("transformer_options", {}).get("sample_sigmas")
@@ -177,3 +182,24 @@ def noise(seed: int, samples: Tensor, index: list[int] | None = None) -> Tensor:
     height, width = (side * latents.PIXELS for side in samples.shape[-2:])
     numbers = index or range(samples.shape[0])
     return torch.cat([latents.noise(seed + i, width=width, height=height) for i in numbers])
+
+
+class Noise:
+    """The host's NOISE: of a seed, on the way to another, or of one composition at every size."""
+
+    def __init__(self, seed: int, other: int = 0, amount: float = 0.0, composed: bool = False):
+        self.seed, self.other, self.amount, self.composed = seed, other, amount, composed
+
+    def generate_noise(self, latent: dict) -> Tensor:
+        samples, index = latent["samples"], latent.get("batch_index")
+        one = self.of(self.seed, samples, index)
+        if not self.amount:
+            return one
+        return between(one, self.of(self.other, samples, index), self.amount)
+
+    def of(self, seed: int, samples: Tensor, index) -> Tensor:
+        if not self.composed:
+            return noise(seed, samples, index)
+        height, width = (side * latents.PIXELS for side in samples.shape[-2:])
+        numbers = index or range(samples.shape[0])
+        return torch.cat([composed(seed + i, width=width, height=height) for i in numbers])
