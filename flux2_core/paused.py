@@ -6,8 +6,8 @@ cannot be undone in floating point. A file is untrusted: it is checked in full b
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +47,8 @@ class PausedState:
     the finished picture as the last step's model call saw it; `noise` and `latent`, what the run
     began with, which a `mask` (1 or B, 1, h, w) of the places to draw still needs. `seeds`: one a
     picture, of the solver's noise. `conditions`: a digest of prompt, references and guidance, "" if
-    unknown; a history made under others is not worth keeping.
+    unknown; a history made under others is not worth keeping. `extras`: what else a host's latent
+    carries; a file does not keep it.
     """
 
     x: Tensor
@@ -63,6 +64,7 @@ class PausedState:
     history: History = ()
     mask: Tensor | None = None
     conditions: str = ""
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -193,7 +195,7 @@ class PausedState:
         history = tuple((float(sigma), tensors.pop(f"history.{i}")) for i, sigma in seen)
         model, seeds = ModelPrint(*about.pop("model")), tuple(about.pop("seeds"))
         about.pop("version")
-        known = {field.name for field in fields(cls)}
+        known = {part.name for part in fields(cls)} - {"extras"}
         if not known.issuperset(about) or not known.issuperset(tensors):
             raise ValueError("unknown parts")
         return cls(**about, **tensors, model=model, seeds=seeds, history=history)

@@ -4,6 +4,7 @@ The host scales latents before and after a run, which cannot be undone in floati
 keeps what the solver held, in the model's own space.
 """
 
+import logging
 from hashlib import sha256
 
 import comfy.samplers
@@ -17,6 +18,8 @@ from ..flux2_core.solvers import draw, get_solver
 from . import host_sampling
 from .host import config_of, variant_of
 from .host_preview import progress
+
+log = logging.getLogger(__name__)
 
 
 class Solver(comfy.samplers.KSAMPLER):
@@ -80,7 +83,8 @@ def solver_of(sampler) -> tuple[str, float]:
 
 
 def begin(guider, sigmas: Tensor, latent: dict, seed: int, sampler=None) -> PausedState:
-    """A run that has not taken a step. Its x is set by the first one that does."""
+    """A run that has not taken a step: its x is the noise itself, which the host mixes with the latent
+    when the first one is taken."""
     solver, eta = solver_of(sampler)
     start = host_sampling.empty_for(guider.model_patcher, latent).float().cpu()
     numbers = latent.get("batch_index") or range(len(start))
@@ -91,6 +95,7 @@ def begin(guider, sigmas: Tensor, latent: dict, seed: int, sampler=None) -> Paus
         model_of(guider), solver, eta,
         mask=None if mask is None else mask.reshape(-1, 1, *mask.shape[-2:]).float().cpu(),
         conditions=conditions_of(guider),
+        extras={k: v for k, v in latent.items() if k != "samples" and "downscale_ratio" not in k},
     )  # fmt: skip
 
 
@@ -101,7 +106,7 @@ def go_on(guider, state: PausedState, stop: int) -> PausedState:
     ended: list[Advanced] = []
 
     def enter(x: Tensor):
-        known = state.x.to(x) if state.step else x
+        known = x if state.x is state.noise else state.x.to(x)
         return known, state.step, stop, tuple((s, v.to(x)) for s, v in state.history)
 
     guider.run(
@@ -127,13 +132,18 @@ def go_on(guider, state: PausedState, stop: int) -> PausedState:
 def continued(state: PausedState, guider, sampler, strength: float) -> PausedState:
     """The run for the rest: by another solver or under other conditions, or from further back."""
     solver, eta = (state.solver, state.eta) if sampler is None else solver_of(sampler)
-    return state.under(solver, eta, conditions_of(guider)).rewound(strength)
+    rest = state.under(solver, eta, conditions_of(guider))
+    if state.history and not rest.history:
+        log.info("The rest is drawn otherwise: what %s remembers is dropped.", state.solver)
+    return rest.rewound(strength)
 
 
-def picture(guider, state: PausedState, clean: bool) -> Tensor:
-    """Of a run: x where it is done, else the clean estimate, in the host's latent space."""
-    x = state.estimate if clean and state.step < state.steps else state.x
-    return guider.model_patcher.model.process_latent_out(x)
+def picture(guider, state: PausedState) -> dict:
+    """The LATENT of a run: where it is done, as the host's samplers give it, else the estimate."""
+    model, x = guider.model_patcher.model, state.estimate
+    if state.step == state.steps:
+        x = model.model_sampling.inverse_noise_scaling(state.sigmas[-1], state.x)
+    return {**state.extras, "samples": model.process_latent_out(x)}
 
 
 def model_of(guider) -> ModelPrint:

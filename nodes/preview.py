@@ -1,15 +1,9 @@
 """Preview a run, and finish the very same one."""
 
 from ..flux2_core.errors import Flux2Error
-from ..flux2_core.latents import PIXELS
 from . import host_run
 from .sampling import SEED
 from .schema import Schema, State, io
-
-
-def _latent(guider, state, clean: bool) -> dict:
-    samples = host_run.picture(guider, state, clean)
-    return {"samples": samples, "downscale_ratio_spacial": PIXELS}
 
 
 class Flux2KitPreview(io.ComfyNode):
@@ -49,7 +43,7 @@ class Flux2KitPreview(io.ComfyNode):
         state = host_run.begin(guider, sigmas, latent, seed, sampler)
         steps = min(steps or max(1, state.steps // 2), state.steps)
         state = host_run.go_on(guider, state, steps)
-        return io.NodeOutput(state, _latent(guider, state, clean=True))
+        return io.NodeOutput(state, host_run.picture(guider, state))
 
 
 def _continue() -> list:
@@ -104,4 +98,4 @@ class Flux2KitContinue(io.ComfyNode):
                 "Set strength above 0 to draw some of them again, or begin with FLUX.2 Preview",
             )
         state = host_run.go_on(guider, state, state.step + min(steps or left, left))
-        return io.NodeOutput(_latent(guider, state, clean=True), state)
+        return io.NodeOutput(host_run.picture(guider, state), state)

@@ -20,7 +20,7 @@ def graph(host):
         yield host
 
 
-def parts(solver="euler", guidance=2.5, batch=1, start=0.0, prompt="apply", **flex) -> dict:
+def parts(solver="euler", guidance=2.5, batch=1, start=0.0, latent="", **flex) -> dict:
     """Two references, true guidance, a range of steps for one of them: all that a run may have."""
     return {
         "model": node("Flux2KitModelLoader", model="toy-klein.safetensors", variant="auto"),
@@ -40,8 +40,10 @@ def parts(solver="euler", guidance=2.5, batch=1, start=0.0, prompt="apply", **fl
         ),
         "empty": node("EmptyFlux2LatentImage", width=SIZE, height=SIZE, batch_size=batch),
         "encode": node("Flux2KitVAEEncode", image=["canvas", 0], vae=["vae", 0]),
+        "mask": node("ImageToMask", image=["canvas", 0], channel="red"),
+        "masked": node("SetLatentNoiseMask", samples=["encode", 0], mask=["mask", 0]),
         "flex": node(
-            "Flux2KitFlex", model=["model", 0], positive=[prompt, 0], negative=["apply", 1],
+            "Flux2KitFlex", model=["model", 0], positive=["apply", 0], negative=["apply", 1],
             latent=["empty", 0], steps=4, guidance=guidance, start=start, measure=False, **flex,
         ),
         "solver": node("Flux2KitSolver", solver=solver, eta=1.0),
@@ -49,15 +51,15 @@ def parts(solver="euler", guidance=2.5, batch=1, start=0.0, prompt="apply", **fl
     }  # fmt: skip
 
 
-def latent_of(start: float) -> list:
-    return ["encode", 0] if start else ["empty", 0]
+def latent_of(start=0.0, latent="", **_) -> list:
+    return [latent or ("encode" if start else "empty"), 0]
 
 
 def whole(graph, **how) -> torch.Tensor:
     prompt = parts(**how)
     prompt["sample"] = node(
         "SamplerCustomAdvanced", noise=["noise", 0], guider=["flex", 0], sampler=["solver", 0],
-        sigmas=["flex", 1], latent_image=latent_of(how.get("start", 0.0)),
+        sigmas=["flex", 1], latent_image=latent_of(**how),
     )  # fmt: skip
     return graph.run(prompt, {"latent": ("sample", 0)}).kept["latent"]["samples"]
 
@@ -66,7 +68,7 @@ def paused(steps: int, **how) -> dict:
     prompt = parts(**how)
     prompt["preview"] = node(
         "Flux2KitPreview", guider=["flex", 0], sigmas=["flex", 1], sampler=["solver", 0],
-        latent=latent_of(how.get("start", 0.0)), seed=7, steps=steps,
+        latent=latent_of(**how), seed=7, steps=steps,
     )  # fmt: skip
     prompt["continue"] = node(
         "Flux2KitContinue", state=["preview", 0], guider=["flex", 0], strength=0.0, steps=0
@@ -83,9 +85,19 @@ def test_the_run_without_a_pause_bit_for_bit(graph, solver, steps):
     assert torch.equal(kept["latent"]["samples"], whole(graph, solver=solver))
 
 
-@pytest.mark.parametrize("how", [{"start": 0.5}, {"course": "ramp down"}, {"guidance": 1.0}])
+HOWS = (
+    {"start": 0.5},
+    {"start": 0.25, "latent": "masked"},
+    {"latent": "masked"},
+    {"end": 0.75},  # noise is left, and the host scales what it gives out
+    {"course": "ramp down"},
+    {"guidance": 1.0},
+)
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
 @pytest.mark.parametrize("solver", ["unipc", "sde"])
-def test_pictures_curves_and_no_guidance(graph, solver, how):
+def test_pictures_masks_curves_and_no_guidance(graph, solver, how):
     kept = graph.run(paused(2, solver=solver, **how), {"latent": ("continue", 0)}).kept
     assert torch.equal(kept["latent"]["samples"], whole(graph, solver=solver, **how))
 
@@ -144,6 +156,32 @@ def test_in_three_parts_and_with_strength(graph):
     prompt["last"]["inputs"]["strength"] = 0.5
     again = graph.run(prompt, {"latent": ("last", 0)}).kept["latent"]["samples"]
     assert toy.difference(again, got) > 1e-3
+    prompt["last"]["inputs"]["strength"] = 1.0
+    anew = graph.run(prompt, {"latent": ("last", 0)}).kept["latent"]["samples"]
+    assert toy.difference(anew, got) > 0.1
+
+
+def test_what_a_latent_carries_goes_on(graph):
+    """The mask of an inpainted window, and where the window belongs."""
+    state = graph.run(paused(2, latent="masked"), {"state": ("preview", 0)}).kept["state"]
+    guider = graph.run(parts(), {"guider": ("flex", 0)}).kept["guider"]
+    latent = {"samples": state.latent, "noise_mask": state.mask, "flux2_kit_place": "here"}
+    sigmas = state.sigmas
+    seen, shown = graph.call("Flux2KitPreview", guider=guider, sigmas=sigmas, latent=latent)
+    done, _ = graph.call("Flux2KitContinue", state=seen, guider=guider)
+    for made in (shown, done):
+        assert made["flux2_kit_place"] == "here" and made["noise_mask"] is state.mask
+
+
+def test_a_dropped_memory_is_said(graph, caplog):
+    caplog.set_level("INFO")
+    prompt = paused(2, solver="unipc")
+    graph.run(prompt, {"latent": ("continue", 0)})
+    assert "is dropped" not in caplog.text
+    prompt["other solver"] = node("Flux2KitSolver", solver="dpmpp_2m", eta=1.0)
+    prompt["continue"]["inputs"]["sampler"] = ["other solver", 0]
+    graph.run(prompt, {"latent": ("continue", 0)})
+    assert "what unipc remembers is dropped" in caplog.text
 
 
 @pytest.mark.parametrize("solver", ["euler", "unipc", "sde"])
