@@ -1,6 +1,7 @@
 """FLUX.2 without a host: from a prompt and reference pictures to a PIL image."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from .references import (
     to_pil,
 )
 from .sampling import OnStep, denoise
+from .solvers import draw
 from .step_cache import StepCache
 from .stream import Controls
 from .text_encoder import TextEncoder
@@ -99,12 +101,15 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        solver: str = "euler",
+        eta: float = 1.0,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """-> the finished latent (1, 128, height / 16, width / 16). None: what the variant wants.
 
         With true CFG and no `negative`, an empty prompt stands in for it. `regions`, `isolate`,
         `cache` and `step_cache` as in stream.Controls; a step cache begins with each call.
+        `solver` and `eta` as in sampling.advance; its noise follows from the seed.
         """
         width, height = width or self.variant.size, height or self.variant.size
         pictures = [read(r) for r in references]
@@ -130,7 +135,9 @@ class Pipeline:
             ),
         )
         x = latents.noise(seed, width=width, height=height).to(self.device)
-        return denoise(self._cast(field), x, sigmas, on_step=on_step)
+        noise = partial(draw, [seed], like=x)
+        how = {"solver": solver, "eta": eta, "noise": noise, "on_step": on_step}
+        return denoise(self._cast(field), x, sigmas, **how)
 
     def _steer(self, pictures, grid, sigmas, regions, isolate: bool, cache, steps) -> Steer:
         """What holds at each time of a run."""

@@ -8,6 +8,7 @@ import torch
 
 from flux2_pack.flux2_core import latents, schedule
 from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.pipeline import Pipeline
 from flux2_pack.flux2_core.sampling import advance, denoise
 from flux2_pack.flux2_core.solvers import SOLVERS, draw, get_solver
 
@@ -15,8 +16,8 @@ MEAN, WIDTH = 0.7, 0.5  # of the Gaussian whose flow is known
 SLOPES = {  # between so many steps: asked, and observed
     "euler": (256, 1024, 0.95),  # 1.00
     "heun": (256, 1024, 1.9),  # 2.00
-    "dpmpp_2m": (256, 1024, 1.75),  # 1.85: both ends of a run are infinite in its own time
-    "unipc": (32, 128, 2.9),  # 3.25, falling to 3
+    "dpmpp_2m": (256, 1024, 1.75),  # 1.82: both ends of a run are infinite in its own time
+    "unipc": (32, 128, 2.9),  # 3.26, falling to 3
     "sde": (256, 1024, 0.95),  # 1.00, at eta 0
 }
 SIGMAS = schedule.sigmas(6, width=64, height=48)
@@ -129,8 +130,8 @@ def test_fresh_noise_keeps_the_distribution(eta):
         return torch.randn(20_000, 1, 1, 1, generator=generator, dtype=torch.float64)
 
     x = end("sde", noise(), torch.linspace(1, 0, 401, dtype=torch.float64).tolist(), eta, noise)
-    assert abs(float(x.mean()) - MEAN) < 0.02  # observed 0.003
-    assert abs(float(x.std()) / WIDTH - 1) < 0.03  # observed 0.01
+    assert abs(float(x.mean()) - MEAN) < 0.02  # observed 0.008
+    assert abs(float(x.std()) / WIDTH - 1) < 0.03  # observed 0.007
 
 
 def test_calls_of_the_model():
@@ -148,6 +149,17 @@ def test_estimates_are_shown_once_a_step():
     denoise(field, start(), SIGMAS, solver="heun", on_step=lambda *values: seen.append(values))
     assert [(step, steps) for step, steps, _ in seen] == [(i, 6) for i in range(6)]
     assert torch.equal(seen[0][2], start() - field(start(), torch.ones(2)))
+
+
+def test_the_pipeline_takes_a_solver():
+    pipe = Pipeline.load("nano")
+    prompt, how = "a red circle left on white background", {"steps": 3, "seed": 4}
+    drawn = {name: pipe.sample(prompt, solver=name, **how) for name in SOLVERS}
+    assert torch.equal(drawn["euler"], pipe.sample(prompt, **how))
+    assert torch.equal(drawn["sde"], pipe.sample(prompt, solver="sde", **how))
+    assert torch.equal(drawn["euler"], pipe.sample(prompt, solver="sde", eta=0.0, **how))
+    for name in ("heun", "unipc", "sde"):
+        assert not torch.equal(drawn[name], drawn["euler"]), name
 
 
 def test_equal_sigmas_are_steps_of_no_length():
