@@ -114,6 +114,28 @@ def test_euler_is_the_hosts_bit_for_bit(graph):
     assert torch.equal(ours, theirs)
 
 
+def on_the_hosts_model(prompt: dict) -> dict:
+    """Without controls, which a host's model does not read."""
+    prompt["model"] = node("UNETLoader", unet_name="toy-klein.safetensors", weight_dtype="default")
+    prompt["flex"]["inputs"] |= {"positive": ["prompt", 0], "negative": ["other", 0]}
+    return prompt
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_hosts_own_model(graph, solver):
+    """Our guider, sigmas and sampler drive it, with a pause and without."""
+    prompt = on_the_hosts_model(paused(2, solver=solver))
+    prompt["sample"] = node(
+        "SamplerCustomAdvanced", noise=["noise", 0], guider=["flex", 0], sampler=["solver", 0],
+        sigmas=["flex", 1], latent_image=["empty", 0],
+    )  # fmt: skip
+    kept = graph.run(prompt, {"whole": ("sample", 0), "latent": ("continue", 0)}).kept
+    assert torch.equal(kept["latent"]["samples"], kept["whole"]["samples"])
+    prompt["model"] = parts()["model"]
+    ours = graph.run(prompt, {"whole": ("sample", 0)}).kept["whole"]["samples"]
+    assert toy.difference(ours, kept["whole"]["samples"]) < 1e-4  # observed at most 6.1e-6
+
+
 def test_every_picture_of_a_batch(graph):
     kept = graph.run(paused(2, solver="sde", batch=2), {"latent": ("continue", 0)}).kept
     prompt = parts(solver="sde", batch=2)
