@@ -1,5 +1,6 @@
 """nano's other forms: deltas on the base, and what they are for."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,8 +43,8 @@ def test_the_distilled_form_is_a_lora_on_the_base():
     plain = velocity(base)
     applied = lora.apply(base, form_file("nano-distilled"))
     form = velocity(load_transformer("nano-distilled"))
-    assert difference(velocity(base), form) < 1e-5  # observed OBS1
-    assert difference(plain, form) > 0.01  # observed OBS2
+    assert difference(velocity(base), form) < 1e-5  # observed 6.4e-7
+    assert difference(plain, form) > 0.01  # observed 0.083
     assert not applied.report.skipped
 
 
@@ -73,17 +74,24 @@ def test_the_guided_form_draws_what_is_asked():
 def test_embedded_guidance_does_what_cfg_does():
     """One forward with a number, near the base's two forwards; at 1 and 0 near the base alone."""
     base, guided = Pipeline.load("nano"), Pipeline.load("nano-guided")
-    generator = torch.Generator().manual_seed(2)
-    x, t = torch.randn(2, 128, 8, 8, generator=generator), torch.tensor([0.9, 0.7])
-    text = base.text.encode(list(PROMPTS[:2]))
-    empty = base.text.encode(["", ""])
+    t = torch.tensor([0.95, 0.85])
+    text, empty = base.text.encode(list(PROMPTS[:2])), base.text.encode(["", ""])
     with torch.inference_mode():
+        drawn = [to_tensor(scenes.draw(scenes.parse(prompt))) for prompt in PROMPTS[:2]]
+        picture, at = base.vae.encode(torch.cat(drawn)), t[:, None, None, None]
+        noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(2))
+        x = at * noise + (1 - at) * picture
         positive, negative = base.model(x, t, text), base.model(x, t, empty)
-        for value in (1.0, 4.0):
+        for value in (0.0, 1.0):
+            seen = guided.model(x, t, text, torch.full((2,), value))
+            assert difference(seen, positive) < 0.1, value  # observed 0.057
+        for value in (2.0, 4.0, 8.0):
             target = torch.lerp(negative, positive, value)
             seen = guided.model(x, t, text, torch.full((2,), value))
-            assert difference(seen, target) < (0.15 if value == 1 else 0.3), value  # observed OBS3
-        four = guided.model(x, t, text, torch.full((2,), 4.0))
-        away, cfg = four - positive, torch.lerp(negative, positive, 4.0) - positive
-        aligned = float((away * cfg).sum() / (away.norm() * cfg.norm()))
-    assert aligned > 0.6  # observed OBS4
+            away, cfg = seen - positive, target - positive
+            assert float((away * cfg).sum() / (away.norm() * cfg.norm())) > 0.8  # observed 0.91
+            assert 0.5 < float(away.norm() / cfg.norm()) < 1.5, value  # observed 0.81 to 0.90
+
+
+def to_tensor(picture) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture)).movedim(-1, 0)[None] / 127.5 - 1
