@@ -138,6 +138,7 @@ def test_what_it_says_is_what_it_draws(name):
     place = {"Flux2KitPrompt": 0, "Flux2KitHosted": 1}
     texts = [n["widgets_values"][place[n["type"]]] for n in nodes.values() if n["type"] in place]
     prompts = [*said.get("draft", ()), said["prompt"], *said.get("regions", ())]
+    prompts += [said["negative"]] if "negative" in said else []
     assert list(dict.fromkeys(resolve(text, names) for text in texts if text)) == prompts
     assert bool(names) == bool(said["references"]) and all(verdict.sentences(said))
 
