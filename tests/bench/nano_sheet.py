@@ -30,7 +30,11 @@ INK, WRONG = (20, 20, 20), (220, 40, 40)
 
 def contact(pipe: Callable, across: str) -> Image.Image:
     """`pipe`: form -> Pipeline; `across`: steps or forms."""
-    columns = FORMS if across == "forms" else {f"{n} steps": ("", n, 1.0, False) for n in STEPS}
+    columns = (
+        FORMS
+        if across == "forms"
+        else {f"{n} step{'s' * (n > 1)}": ("", n, 1.0, False) for n in STEPS}
+    )
     width = TEXT + len(columns) * (SIDE + GAP)
     page = Image.new("RGB", (width, HEAD + len(ROWS) * (SIDE + GAP)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
