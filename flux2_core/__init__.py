@@ -12,6 +12,7 @@ from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from .configs import VARIANTS, AutoEncoderConfig, TextEncoderConfig, TransformerConfig, Variant
 from .errors import Flux2Error
 from .kv_cache import ReferenceCache
+from .paused import PausedState
 from .pipeline import Paths, Pipeline
 from .quantised import quantize
 from .references import Reference, Region
@@ -30,6 +31,7 @@ __all__ = [
     "Flux2Error",
     "Flux2Transformer",
     "Paths",
+    "PausedState",
     "Pipeline",
     "Reference",
     "ReferenceCache",
