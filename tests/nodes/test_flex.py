@@ -197,3 +197,35 @@ def schedule_variant():
     from flux2_pack.flux2_core.configs import VARIANTS
 
     return VARIANTS["klein-4b"]
+
+
+WORKFLOWS = [
+    "flex_text_to_image",
+    "preview_and_continue",
+    "draft_small_finish_large",
+    "upscale_in_windows",
+]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_shipped_workflows_plan_klein_s_own_run(graph, name):
+    """With the loader switched to klein: four steps at 1024 x 1024, whatever nano wanted."""
+    from flux2_pack.tests.workflows.shipped import load
+
+    model = graph.call("Flux2KitLoader", model="nano (built in)")[0]
+    model.model.variant = schedule_variant()
+    prompt = graph.call("ToyPrompt", number=1)[0]
+    nodes = {n["type"]: n for n in reversed(load(name)["nodes"])}
+
+    def values(kind: str) -> dict:
+        slots = [slot["name"] for slot in nodes[kind]["inputs"] if "widget" in slot]
+        return dict(zip(slots, nodes[kind]["widgets_values"], strict=True))
+
+    latent = graph.call("Flux2KitEmptyLatent", model=model, **values("Flux2KitEmptyLatent"))[0]
+    assert latent["samples"].shape[2:] == (64, 64)
+    asked = values("Flux2KitFlex") | {"measure": False}
+    _, sigmas, _, plan = graph.call(
+        "Flux2KitFlex", model=model, positive=prompt, negative=prompt, latent=latent, **asked
+    )
+    assert torch.equal(sigmas, schedule.sigmas(4, width=1024, height=1024))
+    assert "4 steps, 4 passes; 4,096 picture tokens" in plan
