@@ -7,6 +7,8 @@ runs from the last to the first.
 Source: FLUX.2 reference implementation (black-forest-labs/flux2, Apache-2.0).
 """
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -176,6 +178,14 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+class Bounded(Protocol):
+    """Something that runs an autoencoder in bounded memory."""
+
+    def encode(self, vae: "AutoEncoder", pixels: Tensor) -> Tensor: ...
+
+    def decode(self, vae: "AutoEncoder", latents: Tensor) -> Tensor: ...
+
+
 class AutoEncoder(nn.Module):
     """Both networks and the latent's statistics.
 
@@ -193,27 +203,27 @@ class AutoEncoder(nn.Module):
         packed = 4 * config.latent_channels
         self.bn = nn.BatchNorm2d(packed, eps=EPS, affine=False, device=device)
 
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, memory: "Bounded | None" = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 128, H / 16, W / 16), normalised.
 
+        `memory`, a vae_memory.Memory, bounds what it takes; None is the whole picture at once.
         Raises Flux2Error for anything but three channels, for sides that are no multiples of 16 and
         for values that are not numbers.
         """
+        if memory is not None:
+            return memory.encode(self, pixels)
         check_pixels(pixels)
         mean = self.encoder(pixels)[:, : self.config.latent_channels]
         return normalise(pack(mean), *self.statistics())
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, memory: "Bounded | None" = None) -> Tensor:
         """The inverse: (B, 128, h, w) -> (B, 3, 16 h, 16 w) in about [-1, 1].
 
         Not clamped, as in the reference implementation: that belongs to making a picture of it.
         """
-        if latents.ndim != 4 or latents.shape[1] != 4 * self.config.latent_channels:
-            raise Flux2Error(
-                "This latent is not FLUX.2's",
-                f"shape {tuple(latents.shape)}, wanted (batch, {CHANNELS}, height / 16, width / 16)",
-                "Connect the output of a FLUX.2 sampler or VAE encoder",
-            )
+        if memory is not None:
+            return memory.decode(self, latents)
+        check_latents(latents, self.config)
         z = denormalise(latents, *self.statistics())
         return self.decoder(unpack(z))
 
@@ -222,6 +232,16 @@ class AutoEncoder(nn.Module):
         mean, variance = self.bn.running_mean, self.bn.running_var
         assert mean is not None and variance is not None  # a BatchNorm2d that tracks has both
         return mean, variance
+
+
+def check_latents(latents: Tensor, config: AutoEncoderConfig) -> None:
+    """Raise unless latents are (B, 128, h, w)."""
+    if latents.ndim != 4 or latents.shape[1] != 4 * config.latent_channels:
+        raise Flux2Error(
+            "This latent is not FLUX.2's",
+            f"shape {tuple(latents.shape)}, wanted (batch, {CHANNELS}, height / 16, width / 16)",
+            "Connect the output of a FLUX.2 sampler or VAE encoder",
+        )
 
 
 def check_pixels(pixels: Tensor) -> None:

@@ -36,6 +36,7 @@ from .step_cache import StepCache
 from .stream import Controls
 from .text_encoder import TextEncoder
 from .transformer import Flux2Transformer, encoder_for
+from .vae_memory import Memory
 from .visibility import RegionPrompt
 
 Picture = Reference | Tensor | Image.Image | str | Path
@@ -64,6 +65,7 @@ class Pipeline:
                 f"Load {encoder_for(model.config.context_dim)}",
             )
         self.model, self.vae, self.text, self.variant = model, vae, text, variant
+        self.memory = Memory()  # of the autoencoder: whole where it fits, else strip by strip
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -169,13 +171,13 @@ class Pipeline:
         fits = plan(pictures)
         dtype = next(self.vae.parameters()).dtype
         return [
-            self.vae.encode(pixels(r, fit).to(self.device, dtype))
+            self.memory.encode(self.vae, pixels(r, fit).to(self.device, dtype))
             for r, fit in zip(pictures, fits, strict=True)
         ]
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Image.Image:
-        image = self.vae.decode(x.to(next(self.vae.parameters()).dtype))
+        image = self.memory.decode(self.vae, x.to(next(self.vae.parameters()).dtype))
         return to_pil((image[0].float().movedim(0, -1) + 1) / 2)
 
     def _cast(self, field: Velocity) -> Velocity:
