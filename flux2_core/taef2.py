@@ -1,4 +1,5 @@
-"""TAEF2, the tiny autoencoder of the FLUX.2 latent space (madebyollin/taesd, MIT): for previews.
+"""TAEF2, the tiny autoencoder of the FLUX.2 latent space (madebyollin/taesd, MIT): for previews and
+quick looks.
 
 Its latent is the normalised, unpacked one; here it goes in and out packed, like everybody's.
 Each network is a plain sequence whose positions are the file's key numbers.
@@ -7,6 +8,9 @@ Each network is a plain sequence whose positions are the file's key numbers.
 import torch
 from torch import Tensor, nn
 
+from .autoencoder import check_latents, check_pixels
+from .configs import AutoEncoderConfig
+from .errors import Flux2Error
 from .latents import pack, unpack
 
 
@@ -77,3 +81,33 @@ def encode(net: nn.Sequential, pixels: Tensor) -> Tensor:
 def decode(net: nn.Sequential, latents: Tensor) -> Tensor:
     """(B, 128, h, w) -> pixels (B, 3, 16 h, 16 w) in [-1, 1]."""
     return net(unpack(latents)).clamp(0, 1) * 2 - 1
+
+
+class TinyAutoEncoder(nn.Module):
+    """Both networks, called as an AutoEncoder is."""
+
+    def __init__(self, ops=nn):
+        super().__init__()
+        self.encoder, self.decoder = encoder(ops), decoder(ops)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 128, H / 16, W / 16). Raises as AutoEncoder.encode does."""
+        check_pixels(pixels)
+        return encode(self.encoder, pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, 128, h, w) -> (B, 3, 16 h, 16 w) in [-1, 1]."""
+        check_latents(latents, AutoEncoderConfig())
+        return decode(self.decoder, latents)
+
+    def check(self, state: dict) -> None:
+        """Raise unless these are TAEF2's weights, under `encoder.` and `decoder.`."""
+        wanted = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        found = {name: tensor.shape for name, tensor in state.items()}
+        wrong = sorted(n for n in wanted | found if wanted.get(n) != found.get(n))
+        if wrong:
+            raise Flux2Error(
+                "These files are not TAEF2",
+                f"{len(wrong)} tensors are missing or of another shape: {', '.join(wrong[:3])}",
+                "Put taef2_encoder.safetensors and taef2_decoder.safetensors into models/vae_approx",
+            )

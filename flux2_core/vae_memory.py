@@ -49,12 +49,18 @@ class Memory:
     def encode(self, vae: AutoEncoder, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]
         how = self.choose(vae.config, "encode", width, height, pixels, len(pixels))
-        return vae.encode(pixels) if how is None else vae_stream.encode(vae, pixels, how)
+        return (
+            AutoEncoder.encode(vae, pixels) if how is None else vae_stream.encode(vae, pixels, how)
+        )
 
     def decode(self, vae: AutoEncoder, latents: Tensor) -> Tensor:
         height, width = (PIXELS * side for side in latents.shape[-2:])
         how = self.choose(vae.config, "decode", width, height, latents, len(latents))
-        return vae.decode(latents) if how is None else vae_stream.decode(vae, latents, how)
+        return (
+            AutoEncoder.decode(vae, latents)
+            if how is None
+            else vae_stream.decode(vae, latents, how)
+        )
 
     def choose(
         self, config: AutoEncoderConfig, job: str, width: int, height: int, like: Tensor, batch=1

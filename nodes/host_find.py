@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Callable
 
-from ..flux2_core.checkpoint import text_encoder_config
+from ..flux2_core.checkpoint import DECODER_ALONE, text_encoder_config
 from ..flux2_core.configs import TransformerConfig
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.files import read_header
 from ..flux2_core.transformer import encoder_for
-from . import host, host_objects, host_text
+from . import host, host_objects, host_text, host_vae
 
 AUTO = "auto"
+TAEF2 = "TAEF2"
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +53,36 @@ def vae(choice: str, nano: bool = False):
                 f"{len(host.files('vae'))} files in models/vae",
                 "Put flux2-vae.safetensors there, or choose a file",
             )
-    return host_objects.load_vae(host.path_of("vae", choice))
+    if choice == TAEF2:
+        return host_vae.load_taef2(*(host.path_of("vae_approx", name) for name in taef2_files()))
+    path = host.path_of("vae", choice)
+    return host_vae.load_vae(path, _base(path, choice))
+
+
+def taef2_files() -> list[str]:
+    """The encoder and the decoder in vae_approx; empty unless both are there."""
+    names = host.files("vae_approx")
+    sides = [[n for n in names if n.startswith(f"taef2_{s}")] for s in ("encoder", "decoder")]
+    return [side[0] for side in sides] if all(sides) else []
+
+
+def _base(path: str, name: str) -> str | None:
+    """The whole VAE that completes a file with a decoder alone; None for others."""
+    if _is_more_than_decoder(path):
+        return None
+    found = _first("vae", _is_vae)
+    if found is None:
+        raise Flux2Error(
+            f"{name} holds a decoder alone",
+            "no encoder and no statistics in it, and no FLUX.2 VAE beside it to take them from",
+            "Put flux2-vae.safetensors into models/vae too, or choose "
+            "full_encoder_small_decoder.safetensors",
+        )
+    return host.path_of("vae", found)
+
+
+def _is_more_than_decoder(path: str) -> bool:
+    return path in host.NANOS.values() or not read_header(path).tensors.keys() >= DECODER_ALONE
 
 
 def _first(folder: str, fits: Callable[[str], bool]) -> str | None:

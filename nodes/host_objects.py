@@ -1,21 +1,14 @@
-"""MODEL, CLIP and VAE: the host's own classes around our networks.
-
-CLIP and VAE objects are filled without the host's constructors, which only know fixed widths.
-"""
+"""MODEL: the host's own classes around our networks, and what CLIP and VAE share with it."""
 
 import logging
-from functools import partial
 from pathlib import Path
 
 import comfy.hooks
 import comfy.model_management as memory
 import comfy.model_patcher
-import comfy.ops
-import comfy.sd
 import comfy.utils
 import torch
 
-from ..flux2_core.autoencoder import AutoEncoder
 from ..flux2_core.checkpoint import choose_variant, locate, read_state_dict
 from ..flux2_core.configs import TransformerConfig, Variant
 from ..flux2_core.info import how_told
@@ -88,33 +81,6 @@ def build_model(
     return patcher
 
 
-def load_vae(path: str, disable_dynamic: bool = False) -> comfy.sd.VAE:
-    """An autoencoder file, or "nano" -> VAE."""
-    state, _, config = read_state_dict(path, "vae")
-    vae = comfy.sd.VAE.__new__(comfy.sd.VAE)
-    scale = config.decoder_channels / 128  # the host's figures are for the released width
-    vae.memory_used_encode = partial(_memory, 1767 * config.encoder_channels / 128)
-    vae.memory_used_decode = partial(_memory, 2178 * 16 * 16 * scale)
-    vae.downscale_ratio = vae.upscale_ratio = 16
-    vae.latent_channels, vae.latent_dim, vae.output_channels = 128, 2, 3
-    vae.process_input, vae.process_output = _to_signed, _to_unit
-    vae.working_dtypes = [torch.bfloat16, torch.float32]
-    vae.disable_offload = vae.not_video = vae.handles_tiling = False
-    vae.crop_input = True
-    vae.size = vae.downscale_index_formula = vae.upscale_index_formula = None
-    vae.extra_1d_channel = vae.format_encoded = vae.pad_channel_value = None
-    vae.audio_sample_rate = 44100
-    vae.device, vae.output_device = memory.vae_device(), memory.intermediate_device()
-    vae.vae_dtype = memory.vae_dtype(vae.device, vae.working_dtypes)
-    vae.first_stage_model = AutoEncoder(config, comfy.ops.disable_weight_init, vae.vae_dtype).eval()
-    devices = {"load_device": vae.device, "offload_device": memory.vae_offload_device()}
-    reload = (_vae_patcher, (path,))
-    fill(
-        vae, vae.first_stage_model, state, **devices, reload=reload, disable_dynamic=disable_dynamic
-    )
-    return vae
-
-
 def fill(holder, module, state: dict, **how) -> None:
     """Give a module its weights and the holder (a CLIP or VAE) its patcher; `how`: see `patch`."""
     module.requires_grad_(False)
@@ -124,19 +90,6 @@ def fill(holder, module, state: dict, **how) -> None:
     module.load_state_dict(state, **assign(holder.patcher))
 
 
-def _vae_patcher(path: str, disable_dynamic: bool = False):
-    return load_vae(path, disable_dynamic).patcher
-
-
-def _memory(factor: float, shape, dtype) -> float:
-    """Bytes for one picture: `factor` numbers a position of the last two axes."""
-    return factor * shape[2] * shape[3] * memory.dtype_size(dtype)
-
-
-def _to_signed(image):
-    return image * 2.0 - 1.0
-
-
-def _to_unit(image):
-    """[-1, 1] -> [0, 1], in place and returned: hosts differ in which of the two they use."""
-    return image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+def patch_of(load, *files, disable_dynamic: bool = False):
+    """The patcher alone of what `load` makes of the files."""
+    return load(*files, disable_dynamic=disable_dynamic).patcher

@@ -1,13 +1,18 @@
 """Latents: an empty canvas of the right size, and pictures in and out."""
 
+import logging
 import math
 
 import torch
 
+from ..flux2_core import sizes
 from ..flux2_core.latents import CHANNELS, PIXELS, check_size
-from . import host
+from . import host, host_vae
 from .inpaint import put_back
 from .schema import Schema, io
+
+SIZE = "flux2_kit_size"  # of a LATENT: (width, height) that FLUX.2 VAE Decode cuts back to
+log = logging.getLogger(__name__)
 
 ASPECTS = ["1:1", "5:4", "4:3", "3:2", "16:9", "21:9", "4:5", "3:4", "2:3", "9:16", "9:21"]
 
@@ -72,6 +77,8 @@ class Flux2KitEmptyLatent(io.ComfyNode):
         area = megapixels * 1e6 or host.variant_of(model).size ** 2
         width, height = fit(aspect, area, width, height)
         check_size(width, height)
+        if warning := sizes.too_large(width, height):
+            log.warning("%s", warning)
         samples = torch.zeros(batch_size, CHANNELS, height // PIXELS, width // PIXELS)
         return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": PIXELS})
 
@@ -90,6 +97,29 @@ def _whole(side: float) -> int:
     return max(PIXELS, round(side / PIXELS) * PIXELS)
 
 
+def _memory_inputs() -> list:
+    return [
+        io.Float.Input(
+            "memory",
+            default=0.0,
+            min=0.0,
+            max=256.0,
+            step=0.05,
+            optional=True,
+            tooltip="Most memory in GB (of 1024 MB) that this may take for a picture, beyond the "
+            "VAE's weights. 0 is auto: what is free. Where the whole picture does not fit at once, "
+            "it goes strip by strip with the same result, without seams.",
+        ),
+        io.Boolean.Input(
+            "overflow",
+            default=False,
+            optional=True,
+            tooltip="What does not fit on the graphics card may wait in the computer's memory. Slow, "
+            "and only used where it is needed.",
+        ),
+    ]
+
+
 class Flux2KitVAEEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -97,24 +127,29 @@ class Flux2KitVAEEncode(io.ComfyNode):
             node_id="Flux2KitVAEEncode",
             display_name="FLUX.2 VAE Encode",
             category="FLUX.2/latent",
-            description="A picture as a latent, to change it with denoise below 1.",
+            description="A picture of any size as a latent, to change it with denoise below 1.",
             search_aliases=["image to latent", "img2img"],
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The picture. Sides that are no multiple of 16 lose up to 15 pixels, "
-                    "evenly on both edges.",
+                    tooltip="The picture. Sides that are no multiple of 16 are continued by reflection; "
+                    "FLUX.2 VAE Decode cuts that off again.",
                 ),
                 io.Vae.Input("vae", tooltip="The FLUX.2 VAE."),
+                *_memory_inputs(),
             ],
             outputs=[io.Latent.Output(tooltip="For the sampler.")],
         )
 
     @classmethod
-    def execute(cls, image, vae):
+    def execute(cls, image, vae, memory=0.0, overflow=False):
         host.check_vae(vae)
-        samples = vae.encode(image[..., :3])
-        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": PIXELS})
+        padded = sizes.pad(image[..., :3])
+        with host_vae.bounded(vae, memory, overflow):
+            samples = vae.encode(padded)
+        height, width = image.shape[1:3]
+        size = {SIZE: (width, height)} if padded.shape[1:3] != image.shape[1:3] else {}
+        return io.NodeOutput({"samples": samples, "downscale_ratio_spacial": PIXELS, **size})
 
 
 class Flux2KitVAEDecode(io.ComfyNode):
@@ -125,15 +160,20 @@ class Flux2KitVAEDecode(io.ComfyNode):
             display_name="FLUX.2 VAE Decode",
             category="FLUX.2/latent",
             description="A latent as a picture. What FLUX.2 Inpaint or Outpaint cut out goes back to its place.",
-            search_aliases=["latent to image"],
+            search_aliases=["latent to image", "4 megapixels", "vae decode tiled", "out of memory"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The finished latent from the sampler."),
                 io.Vae.Input("vae", tooltip="The FLUX.2 VAE."),
+                *_memory_inputs(),
             ],
             outputs=[io.Image.Output(tooltip="The picture.")],
         )
 
     @classmethod
-    def execute(cls, samples, vae):
+    def execute(cls, samples, vae, memory=0.0, overflow=False):
         host.check_vae(vae)
-        return io.NodeOutput(put_back(vae.decode(samples["samples"]), samples))
+        with host_vae.bounded(vae, memory, overflow):
+            images = vae.decode(samples["samples"])
+        if size := samples.get(SIZE):
+            images = sizes.cut(images, size)
+        return io.NodeOutput(put_back(images, samples))

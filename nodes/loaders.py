@@ -40,13 +40,16 @@ def _text_input(*first: str):
 
 
 def _vae_input(*first: str):
+    taef2 = [host_find.TAEF2] if host_find.taef2_files() else []
     return io.Combo.Input(
         "vae",
-        options=_files("vae", *first, host.NANO),
+        options=_files("vae", *first, host.NANO, *taef2),
         default=first[0] if first else host.NANO,
         tooltip="The file in models/vae that turns latents into pixels and back. FLUX.2's latents "
-        "are the same for every FLUX.2, so any FLUX.2 VAE decodes any picture. auto, where offered, "
-        "takes the first one, for nano its own.",
+        "are the same for every FLUX.2, so any FLUX.2 VAE decodes any picture. A file that holds a "
+        "small decoder alone takes its encoder from the whole VAE beside it. TAEF2, listed if its two "
+        "files are in models/vae_approx, is tiny and rough. auto, where offered, takes the first "
+        "one, for nano its own.",
     )
 
 

@@ -83,12 +83,12 @@ def test_the_plain_patcher_where_the_host_asks_for_it(host, monkeypatch):
     """Newer hosts keep weights in files, and now and then want a VAE or CLIP that does not."""
     import comfy.model_patcher
 
-    from flux2_pack.nodes import host_objects, host_text
+    from flux2_pack.nodes import host_text, host_vae
 
     plain = comfy.model_patcher.ModelPatcher
     monkeypatch.setattr(
         comfy.model_patcher, "CoreModelPatcher", type("Dynamic", (plain,), {}), raising=False
     )
-    for load in (host_objects.load_vae, host_text.load_clip):
+    for load in (host_vae.load_vae, host_text.load_clip):
         kinds = [type(load("nano", disable_dynamic=off).patcher) for off in (False, True)]
         assert kinds == [comfy.model_patcher.CoreModelPatcher, plain]
