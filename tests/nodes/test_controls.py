@@ -307,7 +307,7 @@ def test_a_model_that_cannot_read_controls(host, models, foreign):
         said = refusal(check_host_model, foreign, positive, negative)
         assert said == (
             "This model cannot read the controls of FLUX.2 references and regions. Seen: controls "
-            "of references or regions, and a model from the host's own loader. Load it with FLUX.2 "
+            "of references, regions or a negative, and a model from the host's own loader. Load it with FLUX.2 "
             "Load Model or FLUX.2 Loader."
         )
 
