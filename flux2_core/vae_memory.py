@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 MIB = 2**20
 # From the fastest to the one that takes least. Smaller strips recompute more halo.
-WAYS = (None, Streaming(), *(Streaming(lean=True, strip=n * MIB) for n in (64, 16, 4, 1)))
+WAYS = (None, Streaming(), *(Streaming(lean=True, strip=n * MIB // 4) for n in (256, 64, 16, 4, 1)))
 HOST_WAYS = tuple(Streaming(host=True, strip=n * MIB) for n in (64, 16, 4, 1))
 
 

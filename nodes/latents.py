@@ -104,7 +104,7 @@ def _memory_inputs() -> list:
             default=0.0,
             min=0.0,
             max=256.0,
-            step=0.05,
+            step=0.005,
             optional=True,
             tooltip="Most memory in GB (of 1024 MB) that this may take for a picture, beyond the "
             "VAE's weights. 0 is auto: what is free. Where the whole picture does not fit at once, "
