@@ -6,6 +6,7 @@ products; DoRA rescales the rows of the changed weight. Source: LoRA (2106.09685
 (2309.14859), DoRA (2402.09353).
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -157,7 +158,7 @@ def read(
         else:
             one = _one(key, *parted)
             places.setdefault((known[name], *one), {})[parted[1]] = key
-    deltas = []
+    deltas, given = [], _peft_alpha(checkpoint.path)
     _share(places)
     for (place, name, _), keys in places.items():
         alpha = checkpoint.tensors[keys["alpha"]].shape if "alpha" in keys else ()
@@ -168,12 +169,44 @@ def read(
             part: found.decode() if isinstance(found, Packed) else found
             for part, found in checkpoint.load(keys).items()
         }
+        _finite(report, place.layer, parts)
+        if "alpha" not in parts and "lora_A" in "".join(keys.values()):
+            parts |= given
         deltas.append(Delta(place, parts))
         report.used += len(keys)
         report.converted += len(keys) * (without_prefix(name) != place.layer)
     _check(deltas, config, shapes, report, len(checkpoint.tensors))
     report.layers = len({delta.place.layer for delta in deltas})
     return deltas, report
+
+
+def _peft_alpha(path: Path) -> dict[str, Tensor]:
+    """PEFT keeps alpha beside its file, in adapter_config.json; with use_rslora the factor is
+    alpha / sqrt(rank). Empty where there is no such file."""
+    beside = path.with_name("adapter_config.json")
+    if not path.name.startswith("adapter_model") or not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text("utf-8"))
+        alpha, rank = float(config["lora_alpha"]), float(config["r"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Flux2Error(
+            "adapter_config.json beside this LoRA cannot be read",
+            str(error)[:80],
+            "Take both files from the same export, or remove the configuration",
+        ) from error
+    return {"alpha": torch.tensor(alpha * (rank**0.5 if config.get("use_rslora") else 1.0))}
+
+
+def _finite(report: Report, layer: str, parts: Mapping[str, Tensor]) -> None:
+    """Raise where a part holds NaN or infinity: the picture would be black."""
+    for part, tensor in parts.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            raise Flux2Error(
+                f"{report.file} holds numbers that are no numbers",
+                f"NaN or infinity in {part} of {layer}",
+                "Its training went wrong, or the download did: use another copy",
+            )
 
 
 def _one(key: str, name: str, part: str) -> tuple[str, str]:

@@ -355,3 +355,33 @@ def test_tensors_that_do_not_fit_together(tmp_path, parts):
     tensors = {f"{QKV}.{part}": torch.ones(shape) for part, shape in parts.items()}
     with pytest.raises(Flux2Error, match="is damaged"):
         lora.apply(toy(KLEIN), save(tmp_path, tensors))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_from_peft_s_configuration(tmp_path, rslora):
+    """PEFT writes alpha beside its file, not into it."""
+    peft = pytest.importorskip("peft", reason="pip install peft")
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=3 * RANK, use_rslora=rslora, target_modules=list(LAYERS)
+    )
+    wrapped = peft.get_peft_model(toy(KLEIN), config)
+    with torch.no_grad():
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                layer = next(n for n in LAYERS if n in name)
+                p.copy_(FACTORS[layer]["lora_B" in name] / 3)
+    wrapped.save_pretrained(tmp_path)
+    model = toy(KLEIN)
+    lora.apply(model, tmp_path / "adapter_model.safetensors")
+    assert error(model(**inputs(1)), wrapped(**inputs(1))) < CLOSE
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(Flux2Error, match=r"adapter_config\.json"):
+        lora.apply(toy(KLEIN), tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none(tmp_path, bad):
+    tensors = {key: value.clone() for key, value in bfl().items()}
+    next(value for key, value in tensors.items() if "lora_B" in key)[0, 0] = bad
+    with pytest.raises(Flux2Error, match="NaN or infinity in"):
+        lora.apply(toy(KLEIN), save(tmp_path, tensors))
