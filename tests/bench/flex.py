@@ -33,6 +33,7 @@ from flux2_pack.flux2_core.stream import Controls
 
 SIDE, CALLS = 128, 8
 PARTS = ("solvers", "enlarge", "caching", "negatives")
+STRONG = {"scale": 8.0, "tau": 10.0, "alpha": 1.0}  # against an object that the prompt itself names
 SPACINGS = {"flux2": "the reference's schedule", "linear": "even steps"}
 PROMPT = "a red circle left and a blue square right on white background"
 FREE, TAKEN = "a circle center on white background", "orange"  # a colour that nano likes to choose
@@ -127,9 +128,14 @@ def negatives(pipe: Pipeline, count: int, out: report.Report) -> None:
         for found in (plain, steered)
     )
     out.add(f"'{FREE}'", f"less often {TAKEN}", after - before, "points", at_least=30)
-    for words in (None, "blue square"):
-        found = pictures_of(pipe, PROMPT, words, count)
-        case = f"'{PROMPT}', {f'negative {words!r}' if words else 'no negative'}"
+    named = ((None, {}), ("blue square", {}), ("a blue square right on white background", STRONG))
+    for words, how in named:
+        found = pictures_of(pipe, PROMPT, words, count, **how)
+        case = f"'{PROMPT}', {f'negative {words!r} {how or str()}' if words else 'no negative'}"
+        gone = sum(
+            not any((t.shape, t.color) == ("square", "blue") for t in r.found.things) for r in found
+        )
+        out.add(case, "no blue square", 100 * gone / count, "%")
         alone = sum(len(r.found.things) == 1 for r in found)
         first = sum(
             any((t.shape, t.color) == ("circle", "red") for t in r.found.things) for r in found
@@ -139,8 +145,12 @@ def negatives(pipe: Pipeline, count: int, out: report.Report) -> None:
     cost(pipe, away, out)
 
 
-def pictures_of(pipe: Pipeline, prompt: str, away: str | None, count: int) -> list[scenes.Report]:
-    how = None if away is None else Controls(negative=Negative(pipe.text.encode([away])))
+def pictures_of(
+    pipe: Pipeline, prompt: str, away: str | None, count: int, **strength
+) -> list[scenes.Report]:
+    how = None
+    if away is not None:
+        how = Controls(negative=Negative(pipe.text.encode([away]), **strength))
     field = velocity(pipe.model, pipe.text.encode([prompt]), controls=how)
     sigmas, found = schedule.sigmas(8, width=SIDE, height=SIDE), []
     for seed in range(0, count, 20):
