@@ -54,6 +54,17 @@ def describe(path: str | Path) -> Info:
     raise AssertionError
 
 
+def verdict(path: str | Path, chosen: str | None = None) -> str:
+    """Which FLUX.2 a transformer file is and how that was told, in a sentence. `chosen`: the user's
+    own variant. Raises Flux2Error as `describe` does, and for a variant that cannot be."""
+    checkpoint = open_checkpoint(Path(path), "transformer")
+    names = select(checkpoint, "transformer")
+    config = detect({_bfl(n): checkpoint.tensors[stored].shape for n, stored in names.items()})
+    variant = choose_variant(checkpoint.path, config, checkpoint.metadata, chosen)
+    told = how_told(config, variant, checkpoint.metadata, chosen is not None)
+    return f"{checkpoint.path.name} is {variant.label}, {told}."
+
+
 def _transformer(checkpoint: Checkpoint, tensors: Mapping[str, Entry]) -> Info:
     theirs = "x_embedder.weight" in tensors
     bfl = {_bfl(name): entry for name, entry in tensors.items()}

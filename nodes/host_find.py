@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 
+from ..flux2_core import info
 from ..flux2_core.checkpoint import DECODER_ALONE, text_encoder_config
 from ..flux2_core.configs import TransformerConfig
 from ..flux2_core.errors import Flux2Error
@@ -18,6 +19,13 @@ log = logging.getLogger(__name__)
 def model(choice: str, variant: str | None):
     """MODEL of a file in diffusion_models, or nano."""
     return host_objects.load_model(host.path_of("diffusion_models", choice), variant)
+
+
+def verdict(choice: str, variant: str | None) -> str:
+    """Which FLUX.2 a loader's choice is and how that was told, in a sentence."""
+    if choice in host.NANOS:
+        return f"{choice} comes with this pack."
+    return info.verdict(host.path_of("diffusion_models", choice), variant)
 
 
 def clip(choice: str, config: TransformerConfig | None = None, nano: bool = False):

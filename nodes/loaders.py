@@ -2,7 +2,7 @@
 
 from ..flux2_core.configs import VARIANTS
 from . import host, host_find
-from .schema import Schema, io
+from .schema import Schema, io, ui
 
 AUTO = "auto"
 VARIANT_NAMES = [AUTO, *(name for name, v in VARIANTS.items() if v.text_encoder != "nano")]
@@ -93,7 +93,8 @@ class Flux2KitLoader(io.ComfyNode):
         loaded = host_find.model(model, _name(variant))
         nano = model in host.NANOS
         clip = host_find.clip(text_encoder, host.config_of(loaded), nano)
-        return io.NodeOutput(loaded, clip, host_find.vae(vae, nano))
+        told = ui.PreviewText(host_find.verdict(model, _name(variant)))
+        return io.NodeOutput(loaded, clip, host_find.vae(vae, nano), ui=told)
 
 
 class Flux2KitModelLoader(io.ComfyNode):
@@ -115,7 +116,9 @@ class Flux2KitModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, variant=AUTO):
-        return io.NodeOutput(host_find.model(model, _name(variant)))
+        loaded = host_find.model(model, _name(variant))
+        told = ui.PreviewText(host_find.verdict(model, _name(variant)))
+        return io.NodeOutput(loaded, ui=told)
 
 
 class Flux2KitVAELoader(io.ComfyNode):

@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flux2_pack.flux2_core import lora
 from flux2_pack.flux2_core.checkpoint import load_transformer, read_state_dict
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.formats import CHUNK, Packed, encode
 from flux2_pack.flux2_core.keymaps import TRANSFORMER, to_diffusers
 from flux2_pack.flux2_core.quantised import QuantLinear, quantize
-from flux2_pack.tests.core.toys import KLEIN, inputs, toy
+from flux2_pack.tests.core.toys import KLEIN, error, inputs, toy
 
 FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4", "mxfp8")
 BLOCKS = (
@@ -49,9 +50,9 @@ def save(folder, state, **metadata):
     return path
 
 
-def note(form):
+def note(form, **more):
     """A comfy_quant tensor."""
-    return torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps({"format": form} | more).encode()), dtype=torch.uint8)
 
 
 def decoded(model, packed):
@@ -191,6 +192,10 @@ BROKEN = {
         {"single_blocks.0.linear1.comfy_quant": torch.tensor([123, 1], dtype=torch.uint8)},
         "describes a quantised layer wrongly",
     ),
+    "rotated": (
+        {"single_blocks.0.linear1.comfy_quant": note("int8_tensorwise", convrot=True)},
+        "rotated INT8 weights, which are not read yet",
+    ),
     "bitsandbytes": ({"single_blocks.0.linear1.weight.quant_map": torch.ones(16)}, "bitsandbytes"),
     "blocks of 128": ({"single_blocks.0.linear1.weight_scale_inv": torch.ones(2, 2)}, "128 x 128"),
 }
@@ -249,6 +254,26 @@ def test_gguf_files(tmp_path, plain, kind):
         assert torch.equal(got, exact)
     i = {k: v.bfloat16() if k in ("x", "context") else v for k, v in inputs(1).items()}
     assert torch.equal(model(**i), other(**i))
+
+
+def test_a_lora_beside_gguf_weights(tmp_path, plain):
+    """The codes stay; the result is that of the decoded weights with the change added."""
+    path, wanted = write_gguf(tmp_path, plain, "Q8_0")
+    model = load_transformer(path, dtype=torch.float32)
+    other = load_transformer(
+        save(tmp_path, {k: v.float() for k, v in wanted.items()}), dtype=torch.float32
+    )
+    layer, g = "single_blocks.1.linear1", torch.Generator().manual_seed(2)
+    rows, columns = other.get_submodule(layer).weight.shape
+    a, b = torch.randn(4, columns, generator=g) * 0.1, torch.randn(rows, 4, generator=g) * 0.1
+    file = tmp_path / "some_lora.safetensors"
+    save_file({f"{layer}.lora_A.weight": a, f"{layer}.lora_B.weight": b}, file)
+    before, stock = model.get_submodule(layer).weight.clone(), model(**inputs(1))
+    lora.apply(model, file)
+    other.get_submodule(layer).weight.add_(b @ a)
+    assert error(model(**inputs(1)), other(**inputs(1))) < 1e-4  # seen 1.4e-6
+    assert error(model(**inputs(1)), stock) > 1e-2
+    assert torch.equal(model.get_submodule(layer).weight, before)
 
 
 def test_a_gguf_of_another_kind_is_refused(tmp_path, plain):

@@ -93,6 +93,18 @@ def test_variants(files, monkeypatch, name, metadata, choice, variant):
     assert host.NANO == "nano (built in)"
 
 
+def test_the_loaders_show_what_a_file_is_taken_for(files):
+    """On the node itself: klein's kinds look alike, and a renamed file is seen at once."""
+    nodes, file = files.mappings, "toy-klein.safetensors"
+    for node in ("Flux2KitModelLoader", "Flux2KitLoader"):
+        with torch.inference_mode():
+            shown = nodes[node].execute(model=file).ui.as_dict()["text"][0]
+        assert shown.startswith(f"{file} is ") and "a size that no release has" in shown
+        with torch.inference_mode():
+            shown = nodes[node].execute(model="nano (built in)").ui.as_dict()["text"][0]
+        assert shown == "nano (built in) comes with this pack."
+
+
 def test_what_auto_means_on_the_hosts_model(files):
     """The host's own MODEL carries no variant: it is told from its shapes, and from its file's name
     where the host remembers it."""
