@@ -70,7 +70,7 @@ def test_the_verdict_in_a_sentence(tmp_path):
     assert verdict(path) == f"{path.name} is FLUX.2 klein 4B, told by its name; {others}"
     chosen = verdict(path, "klein-base-4b")
     assert "is FLUX.2 klein base 4B, as you chose; FLUX.2 klein 4B has" in chosen
-    with pytest.raises(Flux2Error, match="This file is not FLUX.2 dev"):
+    with pytest.raises(Flux2Error, match=r"This file is not FLUX\.2 dev"):
         verdict(path, "dev")
 
 
