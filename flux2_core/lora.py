@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .errors import Flux2Error
 from .files import open_checkpoint
 from .formats import Packed
 from .lora_names import TEXT_ENCODERS, Place, split, table, without_prefix
+from .lora_report import Report, dialect
 from .quantised import QuantLinear
 from .transformer import Flux2Transformer
 
@@ -107,33 +108,6 @@ def _product(p: Mapping[str, Tensor], name: str, core: str = "") -> Tensor:
     return a @ b
 
 
-@dataclass
-class Report:
-    """What became of a file's keys. `str` says it in plain sentences."""
-
-    file: str
-    used: int = 0
-    layers: int = 0
-    converted: int = 0  # of those used, the ones under another name than BFL's
-    skipped: dict[str, str] = field(default_factory=dict)  # key -> reason
-    relative: float | None = None  # ||change|| / ||weights||, at strength 1
-
-    def __str__(self) -> str:
-        said = f"{self.file}: {self.used} tensors change {self.layers} layers"
-        if self.converted:
-            said += f", {self.converted} of them under other names than the model's"
-        if self.relative is not None:
-            said += f"; at strength 1 they move these layers' weights by {self.relative:.2%}"
-        lines = [said + "."]
-        for reason in dict.fromkeys(self.skipped.values()):
-            keys = [key for key, why in self.skipped.items() if why == reason]
-            more = " ..." if len(keys) > 3 else ""
-            lines.append(
-                f"Skipped {len(keys)}, {reason}: {', '.join(k[:90] for k in keys[:3])}{more}."
-            )
-        return " ".join(lines)
-
-
 def read(
     path: str | Path, config: TransformerConfig, shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[list[Delta], Report]:
@@ -142,7 +116,7 @@ def read(
     Raises Flux2Error for a file that is no LoRA, one for another model or another model size.
     """
     checkpoint = open_checkpoint(Path(path))
-    report = Report(checkpoint.path.name)
+    report = Report(checkpoint.path.name, dialect(checkpoint.tensors))
     known, places = table(shapes), {}
     for key in checkpoint.tensors:
         parted = split(key)

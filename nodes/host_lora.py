@@ -37,6 +37,7 @@ def with_lora(model, path: str, strength: float):
     weights = (weight_of(layers[delta.place.layer]) for delta in some)
     with torch.inference_mode():
         report.relative = relative(some, weights, config.hidden_size)
+    report.measured = len(some) if len(some) < len(deltas) else None
     out = model.clone()
     if strength:
         beside = [d for d in deltas if isinstance(layers[d.place.layer], QuantLinear)]

@@ -385,3 +385,25 @@ def test_numbers_that_are_none(tmp_path, bad):
     next(value for key, value in tensors.items() if "lora_B" in key)[0, 0] = bad
     with pytest.raises(Flux2Error, match="NaN or infinity in"):
         lora.apply(toy(KLEIN), save(tmp_path, tensors))
+
+
+NAMED = {
+    "bare": "BFL",
+    "all-in-one": "all-in-one file",
+    "down and up": "ai-toolkit",
+    "an adapter's name": "ai-toolkit",
+    "older diffusers": "diffusers",
+    "linear layers": "diffusers",
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_the_report_names_the_dialect(tmp_path, name):
+    report = lora.apply(toy(KLEIN), save(tmp_path, DIALECTS[name])).report
+    assert report.dialect == NAMED.get(name, name)
+    assert str(report).startswith(f"some_lora.safetensors ({report.dialect}): ")
+
+
+def test_the_report_names_relatives(tmp_path):
+    parts = {f"lycoris_{QKV.replace('.', '_')}.{k}": v for k, v in KINDS["LoKr, whole"][0].items()}
+    assert lora.apply(toy(KLEIN), save(tmp_path, parts)).report.dialect == "LyCORIS, LoKr"

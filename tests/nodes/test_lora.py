@@ -160,3 +160,18 @@ def test_dora(host, state, form, vector):
     save_file(tensors, path)
     out, _ = applied(host, toy.ours(toy.KLEIN, state), path.name, 0.6)
     assert toy.difference(toy.sampled(out), toy.sampled(toy.ours(toy.KLEIN, wanted))) < CLOSE
+
+
+def test_the_report_says_on_how_many_layers_it_measured(host, state):
+    """Reading every weight of a large model would take long: some are read."""
+    tensors = {}
+    for name in (key.removesuffix(".weight") for key in state if key.endswith(BLOCKS)):
+        rows, columns = state[f"{name}.weight"].shape
+        tensors[f"diffusion_model.{name}.lora_A.weight"] = torch.ones(2, columns)
+        tensors[f"diffusion_model.{name}.lora_B.weight"] = torch.ones(rows, 2)
+    path = host.models("loras") / "toy-of-all-blocks.safetensors"
+    save_file(tensors, path)
+    _, report = applied(host, toy.ours(toy.KLEIN, state), path.name)
+    count = len(tensors) // 2
+    assert f"measured on {len(range(0, count, count // 8))} of the changes" in report
+    assert report.startswith("toy-of-all-blocks.safetensors (ai-toolkit): ")
