@@ -15,6 +15,7 @@ from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from .configs import Variant
 from .errors import Flux2Error
 from .guidance import Steer, Velocity, split, velocity
+from .inpaint import Work, held, latent_mask, prepare, stitch
 from .kv_cache import ReferenceCache
 from .nano.forms import FORMS
 from .references import (
@@ -22,6 +23,7 @@ from .references import (
     Region,
     check_names,
     controls,
+    from_pil,
     keep,
     on_grid,
     pixels,
@@ -31,6 +33,7 @@ from .references import (
     to_pil,
 )
 from .sampling import OnStep, denoise
+from .sizes import cut, pad
 from .solvers import draw
 from .step_cache import StepCache
 from .stream import Controls
@@ -83,9 +86,58 @@ class Pipeline:
         vae = load_autoencoder(source.vae, **how)
         return cls(model, vae, load_text_encoder(source.text_encoder, **how), model.variant)
 
-    def __call__(self, prompt: str, **wanted) -> Image.Image:
-        """One picture; everything as in `sample`."""
-        return self.decode(self.sample(prompt, **wanted))
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        image: Picture | None = None,
+        mask: Tensor | Image.Image | None = None,
+        context: float | None = None,
+        **wanted,
+    ) -> Image.Image:
+        """One picture; everything else as in `sample`.
+
+        `image` is the picture to change, by `strength`; the result has its size. With a `mask` ((H, W)
+        in [0, 1] or a gray picture; any size) only what is white changes, and outside it every
+        value is the image's own. `context` works on the window around the mask, with so much of the
+        surroundings (in sizes of the masked part); None on the whole.
+        """
+        if image is None:
+            if mask is not None:
+                raise Flux2Error("A mask needs the picture it belongs to", do="Give image as well")
+            return self.decode(self.sample(prompt, **wanted))
+        if not {"width", "height"}.isdisjoint(wanted):
+            raise Flux2Error(
+                "A picture that is changed keeps its size",
+                "width or height beside an image",
+                "Resize the image first",
+            )
+        picture = read(image).image[None]
+        if mask is None:
+            start = self._latent(pad(picture))
+            drawn = self._pictures(self.sample(prompt, start=start, **wanted))
+            return to_pil(cut(drawn, (picture.shape[2], picture.shape[1]))[0])
+        work = prepare(picture, _mask(mask), context=context or 0.0, whole=context is None)
+        return to_pil(self._redraw(prompt, work, wanted)[0])
+
+    def _redraw(self, prompt: str, work: Work, wanted: dict) -> Tensor:
+        """A masked window drawn anew and put back."""
+        inside = latent_mask(work.masks).to(self.device)
+        x = self.sample(prompt, start=self._latent(work.pictures), changing=inside, **wanted)
+        return stitch(self._pictures(x), work.place)
+
+    @torch.inference_mode()
+    def _latent(self, pictures: Tensor) -> Tensor:
+        """(1, H, W, 3) in [0, 1] -> latent."""
+        dtype = next(self.vae.parameters()).dtype
+        planes = pictures.movedim(-1, 1).to(self.device, dtype) * 2 - 1
+        return self.memory.encode(self.vae, planes)
+
+    @torch.inference_mode()
+    def _pictures(self, x: Tensor) -> Tensor:
+        """Latent -> (1, H, W, 3) in [0, 1]."""
+        image = self.memory.decode(self.vae, x.to(next(self.vae.parameters()).dtype))
+        return ((image.float().movedim(1, -1) + 1) / 2).clamp(0, 1).cpu()
 
     @torch.inference_mode()
     def sample(
@@ -105,18 +157,32 @@ class Pipeline:
         seed: int = 0,
         solver: str = "euler",
         eta: float = 1.0,
+        start: Tensor | None = None,
+        changing: Tensor | None = None,
+        strength: float = 1.0,
         on_step: OnStep | None = None,
     ) -> Tensor:
         """-> the finished latent (1, 128, height / 16, width / 16). None: what the variant wants.
 
         With true CFG and no `negative`, an empty prompt stands in for it. `regions`, `isolate`,
         `cache` and `step_cache` as in stream.Controls; a step cache begins with each call.
-        `solver` and `eta` as in sampling.advance; its noise follows from the seed.
+        `solver` and `eta` as in sampling.advance; its noise follows from the seed. `start` (1, 128, h,
+        w) is a picture's latent, of which the share `strength` is drawn anew (schedule.partial);
+        `changing` (1, 1, h, w) in [0, 1] is where (inpaint.held).
         """
+        if start is None and (strength != 1 or changing is not None):
+            raise Flux2Error(
+                "A strength or a mask needs a picture to change",
+                f"strength {strength:g}, no picture",
+                "Give one as image",
+            )
+        if start is not None:
+            height, width = (side * latents.PIXELS for side in start.shape[-2:])
         width, height = width or self.variant.size, height or self.variant.size
         pictures = [read(r) for r in references]
         check_names(pictures)
-        sigmas = schedule.sigmas(steps or self.variant.steps, width=width, height=height)
+        steps = steps or self.variant.steps
+        sigmas = schedule.partial(steps, strength, width=width, height=height)
         embedded, scale = split(self.variant, guidance)
         grid = (height // latents.PIXELS, width // latents.PIXELS)
         prompts = [
@@ -139,7 +205,13 @@ class Pipeline:
         x = latents.noise(seed, width=width, height=height).to(self.device)
         noise = partial(draw, [seed], like=x)
         how = {"solver": solver, "eta": eta, "noise": noise, "on_step": on_step}
-        return denoise(self._cast(field), x, sigmas, **how)
+        field = self._cast(field)
+        if start is None:
+            return denoise(field, x, sigmas, **how)
+        start = start.float()
+        if changing is not None:
+            field = held(field, start, x, changing)
+        return denoise(field, torch.lerp(start, x, float(sigmas[0])), sigmas, **how)
 
     def _steer(self, pictures, grid, sigmas, regions, isolate: bool, cache, steps) -> Steer:
         """What holds at each time of a run."""
@@ -177,13 +249,19 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode(self, x: Tensor) -> Image.Image:
-        image = self.memory.decode(self.vae, x.to(next(self.vae.parameters()).dtype))
-        return to_pil((image[0].float().movedim(0, -1) + 1) / 2)
+        return to_pil(self._pictures(x)[0])
 
     def _cast(self, field: Velocity) -> Velocity:
         """The model computes in its own dtype, the steps are summed in float32."""
         dtype = next(self.model.parameters()).dtype
         return lambda x, t: field(x.to(dtype), t)
+
+
+def _mask(mask: Tensor | Image.Image) -> Tensor:
+    """-> (1, H, W) in [0, 1]."""
+    if isinstance(mask, Image.Image):
+        return from_pil(mask.convert("L"))[..., 0][None]
+    return mask.float().reshape(1, *mask.shape[-2:])
 
 
 def _weights(model: torch.nn.Module) -> tuple:

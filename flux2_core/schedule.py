@@ -136,6 +136,20 @@ def sigmas(
     return placed.float()[first : first + steps + 1]
 
 
+def partial(steps: int, strength: float, **how) -> Tensor:
+    """The end of a longer schedule, for a picture of which the share `strength` is drawn anew: as many
+    steps are run, from the noise that steps / strength of them leave. 1 is `sigmas` itself, whose
+    other arguments are `how`. Raises Flux2Error for a strength outside (0, 1]."""
+    if not 0 < strength <= 1:
+        raise Flux2Error(
+            "The strength must be above 0 and at most 1",
+            f"{strength:g}",
+            "Use 1 to draw all of the picture anew, 0.5 to keep its composition",
+        )
+    total = max(steps, round(steps / strength))
+    return sigmas(total, **how)[-(steps + 1) :]
+
+
 def whole(steps: int, start: float = 0.0, end: float = 1.0) -> int:
     """The steps of the schedule of which `steps` are run: mu belongs to this number."""
     return max(steps, round(steps / (end - start)))

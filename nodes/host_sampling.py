@@ -132,10 +132,7 @@ def sigmas(model, latent: dict, steps: int, denoise: float = 1.0, **how) -> Tens
         log.warning(sentence)
     steps = steps or variant_of(model).steps
     width, height = size_of(latent)
-    if denoise == 1:
-        return schedule.sigmas(steps, width=width, height=height, **how)
-    total = max(steps, round(steps / denoise))
-    return schedule.sigmas(total, width=width, height=height, **how)[-(steps + 1) :]
+    return schedule.partial(steps, denoise, width=width, height=height, **how)
 
 
 def size_of(latent: dict) -> tuple[int, int]:

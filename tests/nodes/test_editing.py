@@ -74,6 +74,34 @@ def test_what_is_held_comes_back_from_the_sampler(graph, vae, picture, mask):
     assert difference < 1e-5  # seen 0: the host puts it back
 
 
+@pytest.mark.parametrize("file", ["toy-klein", "toy-dev"])
+def test_with_a_reference_a_region_and_guidance(graph, vae, picture, mask, file):
+    """Guidance as an input (dev) and as two passes: what is held is held in both."""
+    latent, window, _ = graph.call("Flux2KitInpaint", image=picture, mask=mask, vae=vae)
+    model = graph.call("Flux2KitModelLoader", model=f"{file}.safetensors", variant="auto")[0]
+    prompt, other, negative = (graph.call("ToyPrompt", number=n)[0] for n in (1, 2, 3))
+    refs = graph.call("Flux2KitReference", image=window, strength=1.5)[0]
+    positive, negative, _ = graph.call(
+        "Flux2KitApplyReferences", positive=prompt, negative=negative, vae=vae, references=refs
+    )
+    positive = graph.call(
+        "Flux2KitRegionPrompt", positive=positive, prompt=other, mask=mask, base=0.3
+    )[0]
+    negative = negative if file == "toy-klein" else None
+
+    def drawn(positive, guidance):
+        how = {"model": model, "positive": positive, "latent": latent, "steps": 2, "seed": 3}
+        out = graph.call("Flux2KitSampler", negative=negative, guidance=guidance, **how)[0]
+        return graph.call("Flux2KitVAEDecode", samples=out, vae=vae)[0]
+
+    images = [drawn(positive, 3.0), drawn(positive, 1.5), drawn(prompt, 3.0)]
+    for image in images:
+        assert torch.equal(image[mask == 0], picture[mask == 0])
+    inside = [image[mask == 1] for image in images]
+    assert not torch.equal(inside[0], inside[1])
+    assert not torch.equal(inside[0], inside[2])
+
+
 def test_several_drawings_of_one_picture(graph, vae, picture, mask):
     """Repeat Latent Batch, as the host has it: every drawing goes back into the picture."""
     latent, *_ = graph.call("Flux2KitInpaint", image=picture, mask=mask, vae=vae)
