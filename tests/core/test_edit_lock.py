@@ -1,5 +1,6 @@
 """Edits that stay put: colours, motion and the original's bytes outside the mask."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,17 @@ def test_the_seam_lies_inside():
     assert bool((across.diff() >= 0).all())
     assert 0 < across[2] < 1
     assert torch.equal(seam(mask, 0), mask)
+
+
+def test_ssim_and_colour_difference_are_those_of_scikit_image():
+    """scikit-image 0.26: structural_similarity(gaussian_weights=True, use_sample_covariance=False)
+    of the luma, and the mean of deltaE_ciede2000, on these very numbers."""
+    made = np.random.default_rng(7)
+    a = made.random((60, 80, 3))
+    b = 0.8 * a + 0.2 * made.random((60, 80, 3))
+    found = distance(torch.from_numpy(a), torch.from_numpy(b))
+    assert found.ssim == pytest.approx(0.9516883, abs=1e-5)  # seen 3e-9
+    assert found.delta_e == pytest.approx(7.9081105, abs=1e-3)  # seen 1.8e-5
 
 
 def test_distances_of_equal_and_of_shifted_pictures():
