@@ -1,0 +1,36 @@
+"""Operations around fp8 matrix products: defined in plain PyTorch, served by whatever is fastest.
+
+    codes, scale = kernels.modulate_quantize(x, shift, scale)
+    y = kernels.fp8_linear(codes, scale, weight, weight_scale)
+
+`reference` says what each operation means. `status()` lists what serves it here and why not
+something faster; `use("reference")` and the environment's FLUX2_KERNELS choose. Importing this
+needs neither a GPU nor Triton.
+"""
+
+from .ops import (
+    fp8_linear,
+    fp8_weight_linear,
+    gated_modulate_quantize,
+    modulate_quantize,
+    qk_norm_rope,
+    quantize_rows,
+    requantize,
+    swiglu_quantize,
+)
+from .table import Case, register, status, use
+
+__all__ = [
+    "Case",
+    "fp8_linear",
+    "fp8_weight_linear",
+    "gated_modulate_quantize",
+    "modulate_quantize",
+    "qk_norm_rope",
+    "quantize_rows",
+    "register",
+    "requantize",
+    "status",
+    "swiglu_quantize",
+    "use",
+]
