@@ -5,8 +5,10 @@ Source: Black Forest Labs' prompting guide and help pages.
 
 import re
 
+from . import prompt_nano
 from .configs import Variant
 from .prompting import HEX, positive
+from .references import NUMBER
 
 MOST_COLORS = 5
 MOST_LETTERING = 6  # words in one quotation
@@ -83,8 +85,10 @@ def _tags(text: str) -> list[str]:
 
 def _fit(text: str, variant: Variant) -> list[str]:
     words = len(text.split())
-    if variant.name.startswith("nano") or not text.strip():
+    if not text.strip():
         return []
+    if variant.name.startswith("nano"):
+        return _foreign(prompt_nano.unknown(prompt_nano.in_words(text)[0]))
     if variant.name.startswith("klein"):
         if text.lstrip().startswith("{"):
             return [
@@ -97,6 +101,23 @@ def _fit(text: str, variant: Variant) -> list[str]:
     if words > 300:
         return [f"{words} words: after about 300 words single details get lost."]
     return []
+
+
+def _foreign(words: list[str]) -> list[str]:
+    if not words:
+        return []
+    some = ", ".join(words[:5]) + (" ..." if len(words) > 5 else "")
+    return [f"nano does not know: {some}. It reads plain shapes, colours, places and backgrounds."]
+
+
+def unconnected(text: str) -> list[str]:
+    """About a resolved prompt whose references, if any, are not known here."""
+    spoken = {int(n) for n in NUMBER.findall(text)}
+    if not spoken:
+        return []
+    count = max(spoken)
+    what = "picture" if count == 1 else f"{count} pictures"
+    return [f"The prompt speaks of image {count}: FLUX.2 Apply References needs {what} connected."]
 
 
 def _unquoted(text: str) -> str:

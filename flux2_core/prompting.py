@@ -21,6 +21,7 @@ PLACES = {
     "bottom": "at the bottom",
     "center": "in the center",
 }
+LETTERS = ("text", "letters", "lettering", "word", "words")  # what a palette may call a lettering
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,9 @@ def check_hex(value: str) -> str:
 
 
 def prose(prompt: Prompt) -> str:
-    """Plain sentences."""
-    parts = [_edit(prompt), _subject(prompt), *map(_lettering, prompt.lettering)]
+    """Plain sentences. A colour stands right behind its object where the prompt names it."""
+    parts = [_edit(prompt), _subject(prompt)]
+    parts += [_lettering(wanted, prompt.palette) for wanted in prompt.lettering]
     parts += [prompt.style, prompt.setting, prompt.light, prompt.camera]
     parts += [_palette(prompt), positive(prompt.avoid)]
     return " ".join(_sentence(part) for part in parts if part)
@@ -91,16 +93,53 @@ def _edit(prompt: Prompt) -> str:
 
 
 def _subject(prompt: Prompt) -> str:
-    own = [c for c in prompt.palette if c.of and _same(c.of, prompt.subject)]
-    words = [prompt.subject, *(f"in {_named(c)}" for c in own), prompt.action]
-    words.append(PLACES.get(prompt.place, prompt.place))
+    place = PLACES.get(prompt.place, prompt.place)
+    words = [_colored(prompt.subject, prompt.palette), prompt.action, place]
     return " ".join(word for word in words if word)
 
 
+def _colored(subject: str, palette: Sequence[Color]) -> str:
+    """The subject, each of its objects followed by its colours."""
+    at: dict[int, list[Color]] = {}
+    for color in palette:
+        if (end := _end_of(color, subject)) is not None:
+            at.setdefault(end, []).append(color)
+    for end in sorted(at, reverse=True):
+        subject = f"{subject[:end]} in {_and([_named(c) for c in at[end]])}{subject[end:]}"
+    return subject
+
+
+def _end_of(color: Color, subject: str) -> int | None:
+    """Where the colour's object ends in the subject, if it is there."""
+    if not color.of:
+        return None
+    found = re.search(rf"(?<!\w){re.escape(_object(color))}(?!\w)", subject, re.IGNORECASE)
+    return found.end() if found else None
+
+
+def _object(color: Color) -> str:
+    """ "the car" and "car" are one object."""
+    of = color.of.strip()
+    return re.sub(r"^(?:the|an?)\s+", "", of, flags=re.IGNORECASE) or of
+
+
+def _letters(color: Color, wanted: Lettering) -> bool:
+    """Whether a colour is that of a lettering: named by its words, or as "the text"."""
+    of = _object(color).strip("\"'").lower()
+    return of in (*LETTERS, wanted.text.strip().lower())
+
+
 def _palette(prompt: Prompt) -> str:
-    bound = [c for c in prompt.palette if c.of and not _same(c.of, prompt.subject)]
-    free = [c for c in prompt.palette if not c.of]
-    parts = [f"the {c.of} in {_named(c)}" for c in bound]
+    """What has found no place elsewhere."""
+    bound, free = [], []
+    for color in prompt.palette:
+        if not color.of:
+            free.append(color)
+        elif _end_of(color, prompt.subject) is None and not any(
+            _letters(color, wanted) for wanted in prompt.lettering
+        ):
+            bound.append(color)
+    parts = [f"the {_object(c)} in {_named(c)}" for c in bound]
     if free:
         parts.append(f"palette of {_and([_named(c) for c in free])}")
     return _and(parts)
@@ -110,15 +149,13 @@ def _named(color: Color) -> str:
     return f"{color.name} (color {color.hex})" if color.name else f"color {color.hex}"
 
 
-def _lettering(wanted: Lettering) -> str:
+def _lettering(wanted: Lettering, palette: Sequence[Color]) -> str:
+    own = [c for c in palette if _letters(c, wanted)]
     words = [f'The text "{wanted.text}"']
     words += [f"in {wanted.font}"] if wanted.font else []
+    words += [f"in {_and([_named(c) for c in own])}"] if own else []
     words += [PLACES.get(wanted.place, wanted.place)] if wanted.place else []
     return " ".join(words)
-
-
-def _same(a: str, b: str) -> bool:
-    return a.lower().strip() in b.lower()
 
 
 def _sentence(text: str) -> str:
@@ -326,7 +363,7 @@ def read_palette(text: str) -> tuple[Color, ...]:
         line = line.strip()
         if not line:
             continue
-        match = re.fullmatch(r"(#\S+)\s*([^:]*?)\s*(?::\s*(.+))?", line)
+        match = re.fullmatch(r"(#[^\s:]+)\s*([^:]*?)\s*(?::\s*(.+))?", line)
         if not match:
             raise Flux2Error(
                 "This line of the palette has no colour",

@@ -7,7 +7,9 @@ import pytest
 
 from flux2_pack.flux2_core.configs import VARIANTS
 from flux2_pack.flux2_core.errors import Flux2Error
-from flux2_pack.flux2_core.prompt_lint import advice
+from flux2_pack.flux2_core.nano.world import BACKGROUNDS, COLORS
+from flux2_pack.flux2_core.prompt_lint import advice, unconnected
+from flux2_pack.flux2_core.prompt_nano import in_words, nearest, unknown
 from flux2_pack.flux2_core.prompting import (
     Color,
     Lettering,
@@ -79,6 +81,26 @@ def test_a_prompt_as_people_write_it():
         {"description": "a vintage car", "action": "parked at the kerb", "position": "left"}
     ]
     assert found["color_palette"][0] == {"hex": "#dc2828", "name": "red", "object": "car"}
+
+
+@pytest.mark.parametrize(
+    ("subject", "palette", "said"),
+    [
+        ("a cup and a car", "#112233: car\n#445566 grey: the cup", "A cup in grey (color #445566) and a car in color #112233."),
+        ("a carpet", "#112233: car", "A carpet. The car in color #112233."),
+        ("a Car", "#112233: the car", "A Car in color #112233."),
+        ("a flag", "#112233: flag\n#445566: flag", "A flag in color #112233 and color #445566."),
+        ("a flag", "#112233 navy", "A flag. Palette of navy (color #112233)."),
+    ],
+)  # fmt: skip
+def test_a_colour_stands_at_its_object(subject, palette, said):
+    assert prose(Prompt(subject=subject, palette=read_palette(palette))) == said
+
+
+@pytest.mark.parametrize("of", ["text", "the lettering", "OPEN", '"open"'])
+def test_a_colour_of_the_lettering(of):
+    prompt = Prompt(palette=(Color("#112233", "", of),), lettering=(Lettering("Open", "neon"),))
+    assert prose(prompt) == 'The text "Open" in neon in color #112233.'
 
 
 def test_an_edit_says_what_stays():
@@ -165,8 +187,51 @@ def test_no_advice_where_nothing_is_wrong(text):
 
 
 def test_advice_for_the_model_at_hand():
-    short = "A red car."
+    short = "A red ring."
     assert "40 to 70 words" in advice(short, VARIANTS["klein-4b"])[0]
     assert advice(short, VARIANTS["dev"]) == []
     assert advice(short, VARIANTS["nano"]) == []
     assert "klein was trained on prose" in advice('{"scene": "a bay"}', VARIANTS["klein-9b"])[0]
+    assert "nano does not know: car." in advice('A red car, "open".', VARIANTS["nano"])[0]
+    long = "word " * 301
+    for name in ("dev", "klein-4b"):
+        assert "301 words" in advice(long, VARIANTS[name])[0]
+
+
+def test_pictures_that_nobody_has_seen_yet():
+    assert unconnected("a red ring") == []
+    assert "image 1: FLUX.2 Apply References needs picture" in unconnected("image 1 in red")[0]
+    assert "needs 3 pictures" in unconnected("image 3 with the hat of image 1")[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a ring in dark red (color #8b0000) left", "a ring in red left"),
+        ("a ring in red (color #dc2828) and a cross in color #2850dc", "a ring in red and a cross in blue"),
+        ("a ring in the middle and a cross (color #dc2828)", "a ring in the middle and a cross red"),
+        ("palette of crimson (color #e02020) and sky blue (color #40c8d0)", "palette of red and cyan"),
+        ("a ring on color #d0b080 background", "a ring on tan background"),
+        ("a ring, #f5f5f5 background", "a ring, white background"),
+        ('The text "CAT" in red', 'the word "CAT" in red'),
+        ('text "K" at the top', "a letter K at the top"),
+        ("a red ring left on tan background", "a red ring left on tan background"),
+        ('{"mood": "x"}', '{"mood": "x"}'),
+    ],
+)  # fmt: skip
+def test_in_nanos_words(prompt, words):
+    assert in_words(prompt)[0] == words
+
+
+def test_nano_reads_json_as_its_prose():
+    prompt = Prompt(subject="a ring", place="left", palette=(Color("#dc2828", "red", "ring"),))
+    text, said = in_words(to_json(prompt))
+    assert text == in_words(prose(prompt))[0] == "A ring in red on the left."
+    assert len(said) == 2 and "no JSON" in said[0] and "#dc2828 as red" in said[1]
+    assert unknown(text) == []
+
+
+def test_nanos_colours_are_their_own_nearest():
+    for palette in (COLORS, BACKGROUNDS):
+        for name, levels in palette.items():
+            assert nearest("#{:02x}{:02x}{:02x}".format(*levels), palette) == name
