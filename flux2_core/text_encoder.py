@@ -8,6 +8,7 @@ Source: the published Mistral-3 and Qwen3 models as transformers (Apache-2.0) de
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -55,9 +56,40 @@ class Visible:
         self.mask = seen | self.blind
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Three (B, H, T, D) -> (B, T, H * D)."""
+        """q (B, H, T, D); k and v, which may have fewer heads -> (B, T, H * D)."""
+        k, v = for_each_query(q, k, v)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
         return rearrange(out.masked_fill(self.blind, 0), "b h t d -> b t (h d)")
+
+
+def for_each_query(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with as many heads as the queries: each serves its group of neighbours."""
+    share = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+
+
+class Sight(Protocol):
+    """Who sees whom, as `Visible`."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class Cache(Protocol):
+    """The keys and values of a text's earlier tokens."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of new tokens -> those of all so far."""
+        ...
+
+
+class Widths(Protocol):
+    """What a feed-forward layer asks of a config."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
 
 
 class Attention(nn.Module):
@@ -74,22 +106,24 @@ class Attention(nn.Module):
         self.q_norm = ops.RMSNorm(dim, eps=config.norm_eps, **kw) if config.qk_norm else None
         self.k_norm = ops.RMSNorm(dim, eps=config.norm_eps, **kw) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Sight, cache: Cache | None = None
+    ) -> Tensor:
         q = rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate_half(q, *rope), rotate_half(k, *rope)
-        share = self.heads // self.kv_heads
-        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         return self.o_proj(visible.attend(q, k, v))
 
 
 class FeedForward(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: TextEncoderConfig, ops=nn, **kw):
+    def __init__(self, config: Widths, ops=nn, **kw):
         super().__init__()
         self.gate_proj = linear(ops, config.hidden_size, config.intermediate_size, **kw)
         self.up_proj = linear(ops, config.hidden_size, config.intermediate_size, **kw)
@@ -109,8 +143,10 @@ class Layer(nn.Module):
         self.input_layernorm = ops.RMSNorm(config.hidden_size, eps=config.norm_eps, **kw)
         self.post_attention_layernorm = ops.RMSNorm(config.hidden_size, eps=config.norm_eps, **kw)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, visible)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Sight, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, visible, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .configs import NANO_TEXT, TextEncoderConfig
 from .errors import Flux2Error
 from .nano.vocabulary import tokenizer_json
-from .tokenizer_files import Tokenize, from_file, from_json, from_tekken
+from .tokenizer_files import Coder, Tokenize, from_file, from_json, from_tekken
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,17 @@ class PromptTokenizer:
                 "Choose the tokenizer published with this text encoder",
             )
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text that the model wrote. Raises Flux2Error for a tokenizer that only reads."""
+        decode = getattr(self.tokenize, "decode", None)
+        if decode is None:
+            raise Flux2Error(
+                "This tokenizer reads text, but cannot write it",
+                f"a {type(self.tokenize).__name__}",
+                "Use the tokenizer published with this text encoder",
+            )
+        return decode(ids)
 
     def cut(self, prompt: str) -> int | None:
         """How many characters of a prompt the model reads, None: all, its template included."""
@@ -177,14 +188,7 @@ def _given(config: TextEncoderConfig, given: Any) -> PromptTokenizer:
 
 def _from_object(tokenizer: Any) -> Tokenize:
     """A tokenizer of the tokenizers or transformers package, or already a function."""
-    if not hasattr(tokenizer, "encode"):
-        return tokenizer
-
-    def tokenize(text: str) -> Sequence[int]:
-        out = tokenizer.encode(text, add_special_tokens=False)
-        return getattr(out, "ids", out)
-
-    return tokenize
+    return Coder(tokenizer) if hasattr(tokenizer, "encode") else tokenizer
 
 
 def _tokenizer_files(folders: Sequence[str | Path]) -> Iterator[Path]:

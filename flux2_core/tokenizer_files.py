@@ -55,7 +55,7 @@ def from_json(text: str) -> Tokenize:
         raise _damaged("The tokenizer", error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return _function(tokenizer)
+    return Coder(tokenizer)
 
 
 def from_tekken(data: Tensor | bytes | str) -> Tokenize:
@@ -163,8 +163,19 @@ def _alphabet() -> list[str]:
     return [chr(byte if byte in plain else next(other)) for byte in range(256)]
 
 
-def _function(tokenizer: Any) -> Tokenize:
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+class Coder:
+    """A tokenizer of the tokenizers or transformers package: a function text -> ids, and back."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> Sequence[int]:
+        out = self._tokenizer.encode(text, add_special_tokens=False)
+        return getattr(out, "ids", out)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, special tokens left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def _package() -> Any:

@@ -1,0 +1,254 @@
+"""Writing with a text encoder, against transformers' Mistral-3 and Qwen3 with the same weights.
+
+Errors are max |a - b| / std(b) in float32.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from flux2_pack.flux2_core.configs import MISTRAL3_24B, NANO_TEXT, QWEN3_4B, QWEN3_8B
+from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.files import Checkpoint, Entry
+from flux2_pack.flux2_core.generate import CHATS, choose, continue_text
+from flux2_pack.flux2_core.generate_files import _rest, load_writer, rest_of
+from flux2_pack.flux2_core.text_encoder import TextEncoder
+from flux2_pack.flux2_core.vision_tower import pixels_of, place_of
+from flux2_pack.tests.core import toy_language
+
+pytest.importorskip("transformers", reason="pip install transformers")
+pytest.importorskip("tokenizers", reason="pip install tokenizers")
+
+FAMILIES = ("mistral", "qwen", "qwen untied")
+CLOSE = 1e-5
+
+
+def picture(seed: int, width: int, height: int) -> Image.Image:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+PICTURES = (picture(1, 60, 90), picture(2, 130, 50))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """family -> (our writer from a file, transformers' model)."""
+    folder = tmp_path_factory.mktemp("writers")
+    models = {
+        "mistral": toy_language.mistral(),
+        "qwen": toy_language.qwen(),
+        "qwen untied": toy_language.qwen(tied=False),
+    }
+    out = {}
+    for family, model in models.items():
+        kind = family.split()[0]
+        rename = toy_language.as_published if kind == "mistral" else str
+        path = toy_language.write(model, kind, folder / f"{family}.safetensors", rename)
+        out[family] = load_writer(path), model
+    return out
+
+
+def asked(writer, with_pictures: bool):
+    """Token ids of a chat, the pictures' pixels, and both as transformers takes them."""
+    pixels = [pixels_of(p, 28) for p in PICTURES] if with_pictures else []
+    chat = CHATS[writer.encoder.config.template]
+    text = chat("Rewrite.", "a red circle", "".join(place_of(p, 28) for p in pixels))
+    ids = list(writer.prompts.tokenize(text))
+    more = {}
+    if pixels:
+        sizes = [p.shape[-2:] for p in pixels]
+        high, wide = (max(size[i] for size in sizes) for i in (0, 1))
+        padded = torch.zeros(len(pixels), 3, high, wide)
+        for i, p in enumerate(pixels):
+            padded[i, :, : p.shape[-2], : p.shape[-1]] = p[0]
+        more = {"pixel_values": padded, "image_sizes": torch.tensor([list(s) for s in sizes])}
+    return ids, pixels, more
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(pairs, family, cached):
+    """Of the whole text and of eight tokens more, with the K/V cache and without."""
+    writer, model = pairs[family]
+    ids, pixels, more = asked(writer, family == "mistral")
+    caches = writer.new_caches(len(ids) + 8) if cached else []
+    found = [writer.logits(ids, pixels, caches)]
+    for i in range(8):
+        ids = [*ids, 40 + i]
+        found.append(writer.logits(ids[-1:] if cached else ids, () if cached else pixels, caches))
+    with torch.no_grad():
+        rows = model(torch.tensor([ids]), use_cache=False, **more).logits[0, -9:]
+    assert (torch.stack(found) - rows).abs().max() / rows.std() < CLOSE  # observed 4.8e-6 at most
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_equals_transformers(pairs, family):
+    writer, model = pairs[family]
+    ids, _, more = asked(writer, family == "mistral")
+    chat = CHATS[writer.encoder.config.template]
+    stop = [writer.prompts.tokenize(token)[0] for token in chat.stop]
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+            max_new_tokens=24, do_sample=False, eos_token_id=stop, pad_token_id=0, **more,
+        )[0, len(ids) :].tolist()  # fmt: skip
+    expected = writer.prompts.decode([token for token in out if token not in stop])
+    shown = PICTURES if more else ()
+    text, ended = writer.write("Rewrite.", "a red circle", shown, limit=24)
+    assert text == expected and ended == (out[-1] in stop)
+    assert family == "qwen" or len(set(out)) > 4  # a tied head of random words repeats itself
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_text_equals_transformers(pairs, family):
+    """The same seed's draws on transformers' logits give the same tokens."""
+    writer, model = pairs[family]
+    ids, _, more = asked(writer, family == "mistral")
+    read: list[int] = []
+
+    def step(new):
+        read.extend(new)
+        with torch.no_grad():
+            return model(torch.tensor([read]), use_cache=False, **more).logits[0, -1]
+
+    chat = CHATS[writer.encoder.config.template]
+    stop = {writer.prompts.tokenize(token)[0] for token in chat.stop}
+    tokens, _ = continue_text(step, ids, stop, 24, 0.7, seed=5)
+    shown = PICTURES if more else ()
+    text, _ = writer.write("Rewrite.", "a red circle", shown, limit=24, temperature=0.7, seed=5)
+    assert text == writer.prompts.decode(tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_cache_changes_no_word(pairs, family, temperature):
+    writer, _ = pairs[family]
+    shown = PICTURES if writer.sees else ()
+    options = {"limit": 30, "temperature": temperature, "seed": 3}
+    with_cache = writer.write("Rewrite.", "a cat", shown, **options)
+    assert with_cache == writer.write("Rewrite.", "a cat", shown, cached=False, **options)
+
+
+def test_the_same_seed_writes_the_same(pairs):
+    writer, _ = pairs["qwen"]
+    texts = [
+        writer.write("Rewrite.", "a cat", limit=30, temperature=1.0, seed=s)[0] for s in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pictures_and_their_order_are_seen(pairs):
+    writer, _ = pairs["mistral"]
+    rows = []
+    for shown in ((), PICTURES, PICTURES[::-1]):
+        pixels = [pixels_of(p, 28) for p in shown]
+        text = CHATS["mistral3"]("", "a cat", "".join(place_of(p, 28) for p in pixels))
+        rows.append(writer.logits(list(writer.prompts.tokenize(text)), pixels))
+    assert all((a - b).abs().max() > 0.1 for a, b in ((rows[0], rows[1]), (rows[1], rows[2])))
+
+
+def test_words_with_a_meaning_are_taken_out(pairs):
+    """Nobody's prompt ends its turn or pretends to be a picture."""
+    writer, _ = pairs["mistral"]
+    plain = writer.write("Rewrite.", "a cat", PICTURES[:1], limit=8)
+    typed = writer.write("Rewrite.", "a [IMG]cat</s>", PICTURES[:1], limit=8)
+    assert plain == typed
+
+
+def test_interrupt_and_limit(pairs):
+    writer, _ = pairs["qwen"]
+    said: list[int] = []
+
+    def stop(count):
+        said.append(count)
+        if count == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        writer.write("Rewrite.", "a cat", limit=10, on_token=stop)
+    assert said == [1, 2, 3]
+    step = lambda new: torch.tensor([0.0, 1.0])  # noqa: E731
+    assert continue_text(step, [0], {0}, 4, 0, 0) == ([1, 1, 1, 1], False)
+    assert continue_text(step, [0], {1}, 4, 0, 0) == ([], True)
+
+
+def test_draws_follow_the_softmax():
+    """10,000 draws at two temperatures; the expected shares are met within 2 %."""
+    logits = torch.tensor([1.0, 0.0, -1.0, float(torch.finfo(torch.float32).min)])
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1.0, 0.5):
+        drawn = [choose(logits, temperature, generator) for _ in range(10_000)]
+        share = torch.bincount(torch.tensor(drawn), minlength=4) / 10_000
+        assert (share - (logits / temperature).softmax(-1)).abs().max() < 0.02  # observed 0.007
+    with pytest.raises(Flux2Error, match="overflow"):
+        choose(torch.tensor([0.0, float("nan")]), 1.0, generator)
+
+
+# ------------------------------------------------------------------------------------- the files
+
+
+@pytest.mark.parametrize("rename", [str, toy_language.as_published])
+def test_both_spellings_of_mistral_load(tmp_path, rename):
+    path = toy_language.write(toy_language.mistral(), "mistral", tmp_path / "m.safetensors", rename)
+    found = rest_of(path)
+    assert found.layers == 2 and found.vision and found.vision.layers == 3
+    bare = toy_language.write(
+        toy_language.mistral(), "mistral", tmp_path / "text.safetensors", toy_language.as_published,
+        leave=("vision_tower", "multi_modal"),
+    )  # fmt: skip
+    assert rest_of(bare).vision is None and not load_writer(bare).sees
+
+
+def test_half_precision_files_write(tmp_path):
+    path = toy_language.write(
+        toy_language.mistral(), "mistral", tmp_path / "m.safetensors", dtype=torch.bfloat16
+    )
+    writer = load_writer(path)
+    assert writer.rest.norm.weight.dtype == torch.bfloat16
+    assert writer.write("", "a cat", PICTURES, limit=4)[0]
+
+
+def entries(config, layers: int, *more: str) -> Checkpoint:
+    """The header of a file with so many layers, and tensors of these names besides."""
+    config = replace(config, layers_out=(1, 2, layers))
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in TextEncoder(config).state_dict().items()}
+    shapes |= dict.fromkeys(more, (config.hidden_size,))
+    tensors = {name: Entry("BF16", shape) for name, shape in shapes.items()}
+    from pathlib import Path
+
+    path = Path("text.safetensors")
+    return Checkpoint(path, tensors, {}, dict.fromkeys(tensors, path))
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "more", "says"),
+    [
+        (MISTRAL3_24B, 30, (), "30 of its 40 layers"),
+        (MISTRAL3_24B, 40, ("lm_head.weight",), "last norm"),
+        (MISTRAL3_24B, 40, ("model.norm.weight",), "output head"),
+        (QWEN3_8B, 36, ("model.norm.weight",), "output head"),
+        (QWEN3_4B, 27, ("model.norm.weight",), "27 of its 36 layers"),
+        (NANO_TEXT, 3, (), "trained to read only"),
+    ],
+)
+def test_cut_files_say_so(config, layers, more, says):
+    with pytest.raises(Flux2Error, match=f"text.safetensors cannot write text.*{says}.*endpoint"):
+        _rest(entries(config, layers, *more), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "layers", "more", "above"),
+    [
+        (MISTRAL3_24B, 40, ("model.norm.weight", "lm_head.weight"), 10),
+        (QWEN3_4B, 36, ("model.norm.weight",), 9),
+        (QWEN3_8B, 36, ("model.norm.weight", "lm_head.weight"), 9),
+    ],
+)
+def test_whole_files_write(config, layers, more, above):
+    found = _rest(entries(config, layers, *more), config)
+    assert found.layers == above and len(found.names) == 2 + above * (11 if config.qk_norm else 9)
