@@ -109,7 +109,7 @@ def estimate(
     if how.host:
         kept = deep / 2
     row = max(max(inputs, outputs) * width * size / 2**i for i, inputs, outputs in blocks)
-    strips = 6 * min(max(how.strip, 5 * (how.rows or 1) * row), row * height)
+    strips = 5 * min(max(how.strip, 5 * (how.rows or 1) * row), row * height)
     return int(kept * pixels + strips + 3 * pixels * batch)
 
 
