@@ -14,6 +14,7 @@ from .errors import Flux2Error
 from .kv_cache import ReferenceCache
 from .paused import PausedState
 from .pipeline import Paths, Pipeline
+from .prompt_cache import PromptCache
 from .quantised import quantize
 from .references import Reference, Region
 from .sampling import denoise
@@ -33,6 +34,7 @@ __all__ = [
     "Paths",
     "PausedState",
     "Pipeline",
+    "PromptCache",
     "Reference",
     "ReferenceCache",
     "ReferenceControl",

@@ -18,6 +18,8 @@ from .guidance import Steer, Velocity, split, velocity
 from .inpaint import Work, held, latent_mask, prepare, stitch
 from .kv_cache import ReferenceCache
 from .nano.forms import FORMS
+from .prompt_cache import PromptCache
+from .prompt_nano import in_words
 from .references import (
     Reference,
     Region,
@@ -69,6 +71,7 @@ class Pipeline:
             )
         self.model, self.vae, self.text, self.variant = model, vae, text, variant
         self.memory = Memory()  # of the autoencoder: whole where it fits, else strip by strip
+        self.prompts: PromptCache | None = None  # where encoded prompts are kept, if anywhere
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -236,7 +239,12 @@ class Pipeline:
         return at
 
     def encode_text(self, prompt: str) -> Tensor:
-        return self.text.encode([prompt]).to(self.device)
+        if self.text.config.template == "nano":
+            prompt, _ = in_words(prompt)
+        encoded = (
+            self.prompts.encode(self.text, prompt) if self.prompts else self.text.encode(prompt)
+        )
+        return encoded.to(self.device)
 
     def encode(self, pictures: Sequence[Reference]) -> list[Tensor]:
         """Pictures -> reference latents, in the sizes that `references.plan` gives them."""

@@ -15,6 +15,7 @@ from flux2_pack.flux2_core import prompt_cache
 from flux2_pack.flux2_core.checkpoint import load_text_encoder
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.formats import Packed
+from flux2_pack.flux2_core.pipeline import Pipeline
 from flux2_pack.flux2_core.prompt_cache import PromptCache, fingerprint, key
 from flux2_pack.flux2_core.tokenizer import Template
 from flux2_pack.tests.conftest import ROOT
@@ -51,6 +52,18 @@ def test_a_hit_has_the_same_bits_and_needs_no_encoder(cache, dtype, monkeypatch)
     again = PromptCache(cache.folder).encode(encoder, PROMPTS)
     assert first.dtype == again.dtype == dtype
     assert torch.equal(first, plain) and torch.equal(again, plain)
+
+
+def test_a_pipeline_with_a_cache(cache, monkeypatch):
+    """The same picture's latent, the second time without the text encoder."""
+    pipe = Pipeline.load("nano")
+    asked = {"steps": 1, "width": 64, "height": 64}
+    prompt = "A ring in color #dc2828 on the left."
+    wanted = pipe.sample("A ring in red on the left.", **asked)
+    pipe.prompts = cache
+    assert torch.equal(pipe.sample(prompt, **asked), wanted)
+    monkeypatch.setattr(pipe.text, "forward", refuse)
+    assert torch.equal(pipe.sample(prompt, **asked), wanted)
 
 
 def test_float32_that_came_from_bf16_takes_half_the_room(cache):
