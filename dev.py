@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,7 @@ PINS = {
     "newer host": "comfy-kitchen==0.2.31 comfy-aimdo==0.4.13 filelock==4.2.12",
 }
 TORCHAUDIO = "torchaudio==2.11.0"
+TRITON = "triton==3.6.0"  # the kernels' tests; a PyTorch for CUDA brings its own
 
 
 # ------------------------------------------------------------------------------------ environment
@@ -84,6 +86,8 @@ def environment(*groups: str) -> Path:
             install_torchaudio()
         for file in missing.values():
             file.touch()
+    if "test" in groups:
+        install_triton()
     return venv_python()
 
 
@@ -117,6 +121,13 @@ def install_torchaudio() -> None:
     pip("install", "-q", "--no-deps", TORCHAUDIO)
     for library in (site_packages() / "torchaudio" / "lib").glob("*.so"):
         library.unlink()
+
+
+def install_triton() -> None:
+    """Where nothing brought one. Elsewhere than on Linux the tests of kernels are skipped."""
+    here = (sys.platform, platform.machine()) == ("linux", "x86_64")
+    if here and not any(VENV.glob("lib/python3*/site-packages/triton")):
+        pip("install", "-q", TRITON)
 
 
 # ------------------------------------------------------------------------------------------- host
