@@ -7,7 +7,6 @@ only inside functions marked with `@kernel`:
     from typing import TYPE_CHECKING
     from .jit import kernel
     if TYPE_CHECKING:
-        import triton
         import triton.language as tl
 """
 

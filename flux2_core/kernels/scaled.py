@@ -1,0 +1,221 @@
+"""fp8 linears: PyTorch's scaled product where the card has fp8 instructions, bfloat16 elsewhere,
+and our own kernels where `tune` found them faster on this card.
+"""
+
+import os
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import tune
+from .reference import E4M3
+from .table import Case, register
+
+BF16 = torch.bfloat16
+SCALED_MM = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+CHUNK = 1 << 20  # elements that a pass over a matrix holds at once: they stay in the cache
+
+# Hopper adds fp8 products with about 14 bits, twice as fast as with 23. Other cards take no notice.
+fast_accumulate = os.environ.get("FLUX2_FP8_FAST_ACCUMULATE", "1") != "0"
+
+
+# ------------------------------------------------------------------------- PyTorch's scaled product
+
+
+def scaled_mm(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype = BF16,
+) -> Tensor:
+    """codes (M, K) by weight (N, K), as `reference.fp8_linear`. On CUDA K and N are multiples of
+    16; rows are padded to such a multiple here."""
+    rows = codes.shape[0]
+    a, scale_a = _padded(codes, -rows % 16), _padded(scale.float(), -rows % 16)
+    b = weight if weight.stride() == (weight.shape[1], 1) else weight.contiguous()
+    scale_b = row_scales(weight_scale, weight.shape[0]).reshape(1, -1)
+    return _product(a, b.T, scale_a, scale_b, dtype)[:rows]
+
+
+def row_scales(scale: Tensor, rows: int) -> Tensor:
+    """scale (rows, 1) or () -> float32 (rows, 1), in one piece. Worth doing once, at load: PyTorch
+    takes no mixture of a scale for each row on one side and one for all on the other."""
+    return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
+
+
+def _padded(x: Tensor, more: int) -> Tensor:
+    """x (R, C) in one piece, with `more` rows of zeros."""
+    if not more:
+        return x.contiguous()
+    out = torch.zeros((x.shape[0] + more, x.shape[1]), dtype=x.dtype, device=x.device)
+    out[: x.shape[0]] = x
+    return out
+
+
+def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The public function where PyTorch has it (2.10), else the older one it stands for."""
+    public = getattr(F, "scaled_mm", None)
+    if public is None:
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            a, b, scale_a, scale_b, out_dtype=dtype, use_fast_accum=fast_accumulate
+        )
+    row_wise = F.ScalingType.RowWise
+    return public(
+        a, b, scale_a, row_wise, scale_b, row_wise,
+        output_dtype=dtype, use_fast_accum=fast_accumulate,
+    )  # fmt: skip
+
+
+def illegal(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
+) -> str | None:
+    """Why CUDA would refuse what `scaled_mm` hands on, or None. The CPU takes more than CUDA does,
+    so tests ask here as well."""
+    (rows, depth), columns = codes.shape, weight.shape[0]
+    if depth % 16 or columns % 16:
+        return f"K = {depth} and N = {columns} must be multiples of 16"
+    if codes.dtype != E4M3 or weight.dtype != E4M3:
+        return f"codes are {codes.dtype} and {weight.dtype}, both must be float8_e4m3fn"
+    if dtype != BF16:
+        return f"the result would be {dtype}, only bfloat16 is served by every version"
+    if scale.shape != (rows, 1) or weight_scale.numel() not in (1, columns):
+        return "activations need a scale for each row, weights one for each row or for all"
+    return None
+
+
+def _refuses_scaled_mm(case: Case) -> str | None:
+    columns, depth, _ = case.widths
+    if case.device.type == "cpu":
+        return "bfloat16 is faster on a CPU"
+    if case.arch not in SCALED_MM:
+        return f"{case.arch} has no fp8 instructions that PyTorch uses"
+    if not hasattr(torch, "_scaled_mm"):
+        return "this PyTorch has no scaled product"
+    if depth % 16 or columns % 16:
+        return f"{columns} x {depth} is not in multiples of 16"
+    return None if case.dtypes[-1] == BF16 else "it gives bfloat16 alone"
+
+
+# --------------------------------------------------------------------------------- by bfloat16
+
+
+def decoded_linear(
+    codes: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    dtype: torch.dtype = BF16,
+) -> Tensor:
+    """As `reference.fp8_linear`, the product in bfloat16: rounded twice, before the scales and
+    after them."""
+    y = F.linear(decoded(codes), decoded(weight))
+    return _scaled(y, scale, weight_scale, dtype)
+
+
+def decoded_weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """As `reference.fp8_weight_linear`, the product in x's dtype, rounded before and after the
+    scale. In float16 a sum that leaves its range is lost, so there the weight is scaled instead."""
+    if x.dtype == torch.float16:
+        scale = weight_scale.reshape(-1, 1)
+        return F.linear(x, (decoded(weight).float() * scale).to(x.dtype))
+    y = F.linear(x, decoded(weight).to(x.dtype))
+    return _scaled(y, None, weight_scale, x.dtype)
+
+
+def decoded(codes: Tensor) -> Tensor:
+    """e4m3 codes (R, C) -> bfloat16, exact but for NaN, which a CPU decodes to 480.
+
+    A CPU has no instruction for it and PyTorch's own conversion is slow: sign and the other seven
+    bits are shifted to their places in bfloat16, which makes the number times 2^-120.
+    """
+    if codes.device.type != "cpu":
+        return codes.to(BF16)
+    out = torch.empty(codes.shape, dtype=BF16)
+    for part, bits in _chunks(out, codes.view(torch.int8)):
+        part.view(torch.int16).copy_(bits).mul_(16).bitwise_and_(0x87F0 - (1 << 16))
+        part.mul_(2.0**120)
+    return out
+
+
+def _scaled(y: Tensor, scale: Tensor | None, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """y (M, N) times the scales of its rows and columns, in float32, some rows at a time."""
+    columns = weight_scale.reshape(1, -1)
+    out = y if y.dtype == dtype else torch.empty(y.shape, dtype=dtype, device=y.device)
+    if y.device.type != "cpu":
+        wide = y * columns if scale is None else y * scale * columns
+        return wide.to(dtype)
+    for part, result, *rows in _chunks(y, out, *([] if scale is None else [scale])):
+        wide = part.float().mul_(columns)
+        result.copy_(wide.mul_(rows[0]) if rows else wide)
+    return out
+
+
+def _chunks(*matrices: Tensor):
+    """The same rows of each, about CHUNK elements of the first at a time."""
+    rows = max(1, CHUNK // max(1, matrices[0].shape[1]))
+    return zip(*(m.split(rows) for m in matrices), strict=True)
+
+
+# --------------------------------------------------------------------------------- our own kernels
+
+
+@cache
+def _has_triton() -> bool:
+    """Whether Triton imports; on Windows it is a package of its own, that may be broken."""
+    try:
+        import triton  # noqa: F401
+    except Exception:
+        return False
+    return True
+
+
+def _refuses_own(op: str, case: Case) -> str | None:
+    if not case.arch.startswith("sm_"):
+        return "our kernels are for NVIDIA cards"
+    if not _has_triton():
+        return "Triton is not installed"
+    columns, depth, _ = case.widths
+    found = tune.found(op, case.device, case.rows, columns, depth)
+    if found is None:
+        return "not measured on this card: run python3 dev.py bench tune"
+    if found.speedup < tune.WORTH:
+        return f"{found.speedup:.2f} x the speed of the next best, used from {tune.WORTH} x on"
+    return None
+
+
+def _own_fp8_linear(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype = BF16
+) -> Tensor:
+    from . import gemm
+
+    found = tune.found("fp8_linear", codes.device, codes.shape[0], *weight.shape)
+    assert found is not None  # else it refuses
+    weight_scale = weight_scale.float()
+    return gemm.fp8(codes, scale, weight, weight_scale, found.tile, found.accumulate, dtype)
+
+
+def _own_weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    from . import gemm
+
+    found = tune.found("fp8_weight_linear", x.device, x.shape[0], *weight.shape)
+    assert found is not None
+    return gemm.weight_only(x, weight, weight_scale.float(), found.tile)
+
+
+def _refuses_own_fp8(case: Case) -> str | None:
+    return _refuses_own("fp8_linear", case)
+
+
+def _refuses_own_weight(case: Case) -> str | None:
+    wrong = "it takes bfloat16 alone" if case.dtypes[0] != BF16 else None
+    return wrong or _refuses_own("fp8_weight_linear", case)
+
+
+register("fp8_linear", "triton", 60, _own_fp8_linear, _refuses_own_fp8)
+register("fp8_linear", "torch", 40, scaled_mm, _refuses_scaled_mm)
+register("fp8_linear", "eager", 10, decoded_linear)
+register("fp8_weight_linear", "triton", 60, _own_weight_linear, _refuses_own_weight)
+register("fp8_weight_linear", "eager", 10, decoded_weight_linear)
