@@ -29,6 +29,7 @@ from .files import Checkpoint, open_checkpoint
 from .formats import Packed
 from .keymaps import AUTOENCODER, SPELLINGS, TRANSFORMER, from_llama_cpp, to_bfl
 from .nano.forms import FORMS, merge
+from .precision import AUTO, choices, compute, store
 from .quantised import check_names, gather, install
 from .recognise import stranger
 from .text_encoder import TextEncoder, detect_text_encoder
@@ -65,18 +66,28 @@ OPTIONAL = {"bn.num_batches_tracked"}  # a training counter: not every file has 
 
 
 def load_transformer(
-    path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None, device="cpu"
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    device="cpu",
+    precision: str = AUTO,
+    layers: str = "",
 ) -> Flux2Transformer:
     """A file, a folder, an index of shards, "nano", "nano-distilled" or "nano-guided" -> the
     transformer, `model.variant` its Variant.
 
     `variant` is a name of VARIANTS, needed only where `choose_variant` cannot tell. `dtype` None is
-    what the file has most of; weights that have it stay mapped from the file.
+    what the file has most of; weights that have it stay mapped from the file. `precision` and
+    `layers`, exceptions from it line by line: see precision.py.
     Raises Flux2Error for any file that is not one whole FLUX.2 transformer.
     """
     state, metadata, config = read_state_dict(path, "transformer")
     chosen = choose_variant(locate(path, "transformer"), config, metadata, variant)
+    wanted = choices((n.removesuffix(".weight") for n in state), precision, layers)
+    state = store(state, wanted)
     model = _fill(Flux2Transformer, chosen.transformer, state, dtype, device)
+    compute(model, wanted)
     model.variant = chosen
     return model
 

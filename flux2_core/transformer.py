@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .attention import attend
 from .configs import TransformerConfig, Variant
 from .errors import Flux2Error
+from .fp8 import activated, added, modulated
 from .kv_cache import Kept, Recorder
 from .latents import grid
 from .layers import (
@@ -27,7 +28,6 @@ from .layers import (
     linear,
     own_rows,
     sinusoid,
-    swiglu,
 )
 from .negatives import Both
 from .negatives import check as check_negative
@@ -48,9 +48,9 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(config.head_dim, ops, **kw)
         self.proj = linear(ops, h, h, **kw)
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, h) -> q, k, v (B, H, L, D), q and k normalised."""
-        q, k, v = split_heads(self.qkv(x), self.heads)
+    def heads_of(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, h) -> q, k, v (B, H, L, D) of its modulated norm, q and k normalised."""
+        q, k, v = split_heads(modulated(self.qkv, mod, x), self.heads)
         return *self.norm(q, k), v
 
 
@@ -68,8 +68,10 @@ def mlp(hidden: int, ratio: int, ops, **kw) -> nn.ModuleDict:
     )
 
 
-def feed_forward(layers: nn.ModuleDict, x: Tensor) -> Tensor:
-    return layers["2"](swiglu(layers["0"](x)))
+def feed_forward(layers: nn.ModuleDict, first: Modulation, second: Modulation, x, y) -> Tensor:
+    """x' = x + gate y by the first set -> x' plus the feed-forward's result by the second."""
+    x, hidden = added(layers["0"], first, second, x, y)
+    return second.add(x, activated(layers["2"], hidden))
 
 
 class DoubleBlock(nn.Module):
@@ -87,18 +89,16 @@ class DoubleBlock(nn.Module):
         img1, img2 = img_mod
         txt1, txt2 = txt_mod
         pairs = zip(
-            self.txt_attn.heads_of(txt1.modulate(txt)),
-            self.img_attn.heads_of(img1.modulate(img)),
+            self.txt_attn.heads_of(txt, txt1),
+            self.img_attn.heads_of(img, img1),
             strict=True,
         )
         q, k, v = (torch.cat(pair, 2) for pair in pairs)
         out = attend(rotate(q, *rope), rotate(k, *rope), v)
         txt_out, img_out = map(own_rows, out.split((txt.shape[1], img.shape[1]), 1))
 
-        img = img1.add(img, self.img_attn.proj(img_out))
-        txt = txt1.add(txt, self.txt_attn.proj(txt_out))
-        img = img2.add(img, feed_forward(self.img_mlp, img2.modulate(img)))
-        txt = txt2.add(txt, feed_forward(self.txt_mlp, txt2.modulate(txt)))
+        img = feed_forward(self.img_mlp, img1, img2, img, self.img_attn.proj(img_out))
+        txt = feed_forward(self.txt_mlp, txt1, txt2, txt, self.txt_attn.proj(txt_out))
         return img, txt
 
 
@@ -117,7 +117,7 @@ class SingleBlock(nn.Module):
         self, x: Tensor, mod: Modulation, rope, attend=attend, rows: slice | None = None
     ) -> Tensor:
         """x (B, T, h) -> the same, or only `rows` of it: keys and values always come from all rows."""
-        qkv, hidden = self.linear1(mod.modulate(x)).split(self.split, -1)
+        qkv, hidden = modulated(self.linear1, mod, x).split(self.split, -1)
         q, k, v = split_heads(qkv, self.heads)
         q, k = self.norm(q, k)
         k = rotate(k, *rope)
@@ -125,7 +125,7 @@ class SingleBlock(nn.Module):
             x, q, hidden, mod = x[:, rows], q[:, :, rows], hidden[:, rows], mod.head()
             rope = tuple(table[rows] for table in rope)
         out = attend(rotate(q, *rope), k, v)
-        return mod.add(x, self.linear2(torch.cat((out, swiglu(hidden)), -1)))
+        return mod.add(x, activated(self.linear2, hidden, out))
 
 
 class LastLayer(nn.Module):

@@ -189,6 +189,8 @@ def check_maps(size, shapes, steer: Sequence[ReferenceControl], regions) -> None
 
 def _pieces(length: int, maps: dict) -> tuple[Tensor | None, list[Segment]]:
     """Cut the picture's tokens by the regions they lie in -> order, one segment a piece."""
+    if not maps:
+        return None, [Segment("picture", 0, length, frozenset(), 0)] if length else []
     code = torch.zeros(length, dtype=torch.long)
     for bit, region in enumerate(maps.values()):
         code += (region > 0).long() << bit

@@ -156,6 +156,17 @@ def register(
     table.chosen.clear()
 
 
+def serves(op: str, device: torch.device, dtypes: tuple, widths: tuple, rows: int = 4096) -> bool:
+    """True where a call of this kind is served by more than plain PyTorch, or where the user has
+    named what serves. Remembered until a candidate or the wish changes."""
+    table = OPS[op]
+    key = (device, dtypes, widths, (rows - 1).bit_length())
+    candidate = table.chosen.get(key)
+    if candidate is None:
+        candidate = table.chosen[key] = table.resolve(_case(key))[0]
+    return candidate.name not in DEFINITION or _wish != AUTO
+
+
 # ---------------------------------------------------------------------------------- the user's wish
 
 _wish = os.environ.get("FLUX2_KERNELS", "").strip() or AUTO

@@ -127,9 +127,9 @@ def test_a_straight_cast_to_fp8(tmp_path, plain):
     norm = model.double_blocks[0].img_attn.norm.query_norm.weight
     key = "double_blocks.0.img_attn.norm.query_norm.scale"
     assert torch.equal(norm, codes[key].bfloat16())
-    as_bf16 = load_transformer(save(tmp_path, {k: v.bfloat16() for k, v in codes.items()}))
-    i = {k: v.bfloat16() if k in ("x", "context") else v for k, v in inputs(1).items()}
-    assert torch.equal(model(**i), as_bf16(**i))
+    whole = save(tmp_path, {k: v.bfloat16() for k, v in codes.items()})
+    model.float()
+    assert error(model(**inputs(1)), load_transformer(whole, dtype=torch.float32)(**inputs(1))) == 0
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -157,7 +157,14 @@ def test_a_forward_is_that_of_the_decoded_weights(tmp_path, plain, form):
     other = load_transformer(save(tmp_path, whole))
     i = {k: v.bfloat16() if k in ("x", "context") else v for k, v in inputs(2).items()}
     i["references"] = [r.bfloat16() for r in i["references"]]
-    assert torch.equal(model(**i), other(**i))
+    if form != "float8_e4m3fn":
+        assert torch.equal(model(**i), other(**i))
+        return
+    # codes are multiplied as they are and scaled after: nearer to float32 than rounded weights are
+    exact = plain | {name: p.decode() for name, p in packed.items()}
+    exact = load_transformer(save(tmp_path, exact), dtype=torch.float32)(**inputs(2))
+    ours, theirs = (error(m(**i).float(), exact) for m in (model, other))
+    assert ours < 1.2 * theirs  # seen 0.9 times it
 
 
 def test_a_cast_does_not_reach_codes_and_scales(tmp_path, plain):

@@ -1,0 +1,143 @@
+"""In which precision each layer of the transformer is stored and computed.
+
+    auto               as the file has it; fp8 weights are multiplied in fp8 where the card can
+    bf16               weights decoded at load, mathematics in bf16
+    fp8                weights in fp8, a scale for each row; products in fp8 where the card can
+    fp8 weights only   weights in fp8, products in bf16: half the memory, bf16's mathematics
+
+Only the blocks' linear layers are ever changed. A list of `layer: precision` lines, with * for any
+part of a name, makes exceptions.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import Flux2Error
+from .formats import Packed, encode
+from .quantised import BLOCK_LINEARS, FP8_FORM, State
+
+log = logging.getLogger(__name__)
+
+AUTO, BF16, FP8, WEIGHTS = "auto", "bf16", "fp8", "fp8 weights only"
+PRECISIONS = (AUTO, BF16, FP8, WEIGHTS)
+
+
+def choices(names: Iterable[str], precision: str = AUTO, exceptions: str = "") -> dict[str, str]:
+    """Block linears among `names` (without `.weight`) -> the precision of each. Later lines of
+    `exceptions` win. Raises Flux2Error for an unknown precision, and for a line that fits no layer."""
+    layers = [name for name in names if BLOCK_LINEARS.fullmatch(name)]
+    found = dict.fromkeys(layers, _known(precision))
+    for line in exceptions.splitlines():
+        line = line.partition("#")[0].strip()
+        if not line:
+            continue
+        pattern, colon, wanted = (part.strip() for part in line.partition(":"))
+        fitting = [name for name in layers if fnmatchcase(name, pattern)]
+        if not colon or not fitting:
+            raise Flux2Error(
+                "A line of the list of layers fits no layer"
+                if colon
+                else "This is no line of a list of layers",
+                line[:80],
+                f"Write one such as {layers[0] if layers else 'double_blocks.0.*'}: bf16; * stands "
+                "for any part of a name",
+            )
+        found |= dict.fromkeys(fitting, _known(wanted))
+    return found
+
+
+def _known(precision: str) -> str:
+    if precision not in PRECISIONS:
+        raise Flux2Error(
+            "There is no such precision", repr(precision)[:40], f"Use {', '.join(PRECISIONS)}"
+        )
+    return precision
+
+
+def store(state: State, chosen: Mapping[str, str]) -> dict[str, Tensor | Packed]:
+    """Weights as a file has them -> as they are to be stored, layer by layer."""
+    out = dict(state)
+    for layer, precision in chosen.items():
+        key = f"{layer}.weight"
+        weight = out.get(key)
+        packed = isinstance(weight, Packed)
+        if weight is None or precision == AUTO:
+            continue
+        if precision == BF16:
+            out[key] = weight.decode(torch.bfloat16) if packed else weight
+        elif not packed or weight.format != FP8_FORM:
+            out[key] = encode(weight.decode() if packed else weight, FP8_FORM)
+    return out
+
+
+def compute(network: nn.Module, chosen: Mapping[str, str]) -> None:
+    """Tell quantised layers which mathematics they were chosen for."""
+    for layer, precision in chosen.items():
+        module: Any = network.get_submodule(layer)
+        if hasattr(module, "compute") and precision == WEIGHTS:
+            module.compute = "weights"
+
+
+# ------------------------------------------------------------------------------------------- the guard
+
+
+@contextmanager
+def without_fp8(network: nn.Module) -> Iterator[None]:
+    """Products of fp8 layers in the activations' own dtype."""
+    layers: list[Any] = [m for m in network.modules() if _fp8(m)]
+    for layer in layers:
+        layer.compute = "weights"
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.compute = "fp8"
+
+
+def guarded(network: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    """run(), a pass through `network`. If fp8 products made NaN or infinity of it, the first layer
+    that did is named in the log and the pass is repeated without fp8 products."""
+    out = run()
+    if bool(torch.isfinite(out).all()) or not any(map(_fp8, network.modules())):
+        return out
+    layer = first_overflow(network, run)
+    with without_fp8(network):
+        again = run()
+    if bool(torch.isfinite(again).all()):
+        log.warning(
+            "fp8 overflowed in %s: this step was repeated in %s. If it goes on, load the model with "
+            "precision 'fp8 weights only', or list this layer as bf16.",
+            layer or "a layer", str(out.dtype).removeprefix("torch."),
+        )  # fmt: skip
+    return again
+
+
+def _fp8(layer: nn.Module) -> bool:
+    return getattr(layer, "compute", "") == "fp8" and getattr(layer, "format", "") == FP8_FORM
+
+
+def first_overflow(network: nn.Module, run: Callable[[], Tensor]) -> str | None:
+    """The first fp8 layer whose product is not finite. Layers with a hook take plain numbers, so
+    that what comes out is that of the layer alone."""
+    found: list[str] = []
+
+    def look(name: str):
+        def hook(_, inputs, out: Tensor) -> None:
+            if not found and not bool(torch.isfinite(out).all()):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(n)) for n, m in network.named_modules() if _fp8(m)]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
