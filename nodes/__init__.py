@@ -21,7 +21,7 @@ from .negative import Flux2KitNegative
 from .noise import Flux2KitNoise
 from .plan import Flux2KitReferencePlan
 from .preview import Flux2KitContinue, Flux2KitPreview
-from .prompt import Flux2KitPrompt
+from .prompt import Flux2KitPrompt, Flux2KitPromptBatch, Flux2KitPromptCache
 from .prompt_builder import Flux2KitPromptBuilder
 from .references import Flux2KitApplyReferences, Flux2KitReference
 from .regions import Flux2KitRegionPrompt
@@ -42,7 +42,9 @@ NODES = [
     Flux2KitCheckpointInfo,
     Flux2KitSaveQuantized,
     Flux2KitPromptBuilder,
+    Flux2KitPromptCache,
     Flux2KitPrompt,
+    Flux2KitPromptBatch,
     Flux2KitReference,
     Flux2KitApplyReferences,
     Flux2KitRegionPrompt,

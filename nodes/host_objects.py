@@ -81,13 +81,20 @@ def build_model(
     return patcher
 
 
-def fill(holder, module, state: dict, **how) -> None:
-    """Give a module its weights and the holder (a CLIP or VAE) its patcher; `how`: see `patch`."""
+def fill(holder, module, state: dict, *, keep=None, **how) -> None:
+    """Give a module its weights and the holder (a CLIP or VAE) its patcher; `how`: see `patch`.
+
+    Where the host does not keep weights in files, the module has a copy of them or, with `keep`
+    (weights -> weights in its dtype), these very tensors, which a file may back.
+    """
     module.requires_grad_(False)
     if hasattr(memory, "archive_model_dtypes"):
         memory.archive_model_dtypes(module)
     holder.patcher = patch(module, **how)
-    module.load_state_dict(state, **assign(holder.patcher))
+    lazily = assign(holder.patcher)
+    if keep and not lazily:
+        state, lazily = keep(state), {"assign": True}
+    module.load_state_dict(state, **lazily)
 
 
 def patch_of(load, *files, disable_dynamic: bool = False):

@@ -1,5 +1,6 @@
 """CLIP: the host's class around our text encoder and its tokenizer."""
 
+from functools import partial
 from pathlib import Path
 
 import comfy.hooks
@@ -10,8 +11,8 @@ import comfy.utils
 import torch
 from torch import nn
 
-from ..flux2_core.checkpoint import read_text_encoder
-from ..flux2_core.configs import TextEncoderConfig
+from ..flux2_core.checkpoint import locate, read_text_encoder
+from ..flux2_core.configs import TEXT_ENCODERS, VARIANTS, TextEncoderConfig, Variant
 from ..flux2_core.text_encoder import TextEncoder
 from ..flux2_core.tokenizer import PromptTokenizer
 from . import host_quant
@@ -48,6 +49,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.flux2 = TextEncoder(config, comfy.ops.manual_cast, dtype).eval()
         self.dtypes = {dtype}
+        self.stored: dict = {}  # the weights as they came, mapped from the file where they can be
+        self.origin: tuple = ()  # which file they came from
         self.reset_clip_options()
 
     def reset_clip_options(self) -> None:
@@ -74,7 +77,10 @@ FOLDERS = (Path(comfy.sd.__file__).parent / "text_encoders" / "qwen25_tokenizer"
 def load_clip(path: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A text encoder file, or "nano" -> CLIP."""
     state, config, prompts = read_text_encoder(path, folders=FOLDERS)
-    return build_clip(config, state, prompts, (_clip_patcher, (path,)), disable_dynamic)
+    clip = build_clip(config, state, prompts, (_clip_patcher, (path,)), disable_dynamic)
+    status = locate(path, "text_encoder").stat()
+    clip.cond_stage_model.origin = status.st_size, status.st_mtime_ns
+    return clip
 
 
 def _clip_patcher(path: str, disable_dynamic: bool = False):
@@ -98,6 +104,7 @@ def build_clip(
     clip.use_clip_schedule, clip.apply_hooks_to_conds = False, None
     named = {f"flux2.{name}": tensor for name, tensor in state.items()}
     named = host_quant.install(clip.cond_stage_model, named, dtype)
+    clip.cond_stage_model.stored = named
     devices = {"load_device": device, "offload_device": memory.text_encoder_offload_device()}
     fill(
         clip,
@@ -106,10 +113,23 @@ def build_clip(
         **devices,
         reload=reload,
         disable_dynamic=disable_dynamic,
+        keep=partial(_keep, clip.cond_stage_model, dtype),
     )
     clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
     clip.patcher.is_clip = True
     return clip
+
+
+def _keep(encoder: Encoder, dtype: torch.dtype, named: dict) -> dict:
+    """Numbers in one dtype: those that have it stay mapped from the file. Codes and scales of
+    quantised layers are no numbers."""
+
+    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        layer = encoder.get_submodule(name.rpartition(".")[0])
+        return tensor if isinstance(layer, host_quant.QuantLinear) else tensor.to(dtype)
+
+    encoder.stored = {name: cast(name, tensor) for name, tensor in named.items()}
+    return encoder.stored
 
 
 def _dtype(state: dict, device) -> torch.dtype:
@@ -128,6 +148,14 @@ def conditioning(clip, text: str) -> list:
     return [[rows, {"pooled_output": None, **options}] for rows, options in out]
 
 
+def variant(clip) -> Variant | None:
+    """A model that one of our text encoders belongs to; the host's own are not told apart."""
+    if not isinstance(clip.tokenizer, Tokenizer):
+        return None
+    template = clip.tokenizer.prompts.config.template
+    return next(v for v in VARIANTS.values() if TEXT_ENCODERS[v.text_encoder].template == template)
+
+
 def length(clip, text: str) -> list[str]:
     """A warning for a prompt of which the model reads the beginning only, with the cut marked."""
     tokenizer = clip.tokenizer
@@ -140,9 +168,8 @@ def length(clip, text: str) -> list[str]:
     at = tokenizer.prompts.cut(text)
     if not at or at >= len(text):
         return [said]
-    return [
-        f"{said} It is read up to here: ...{text[max(0, at - 24) : at]} | {text[at : at + 16]}..."
-    ]
+    read, lost = text[max(0, at - 24) : at].rstrip(), text[at : at + 16].lstrip()
+    return [f"{said} It is read up to here: ...{read} | {lost}..."]
 
 
 def counted(clip, text: str) -> str:
