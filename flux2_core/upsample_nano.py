@@ -58,7 +58,8 @@ def _places(wanted: scenes.Scene, chance: random.Random) -> list[str]:
         word = (first.shape or "").startswith(scenes.WORD)
         return [first.place or chance.choice(list(scenes.WORD_PLACES if word else scenes.PLACES))]
     pair = chance.choice((["left", "right"], ["top", "bottom"]))
-    if given := next((thing.place for thing in wanted.things if thing.place), None):
+    given = next((thing.place for thing in wanted.things if thing.place), "")
+    if given:
         pair = [given, scenes.OPPOSITE.get(given, pair[1])]
     return [thing.place or pair[1 if given else i % 2] for i, thing in enumerate(wanted.things)]
 

@@ -155,11 +155,12 @@ def _values(environ: Mapping[str, str]) -> tuple[Mapping[str, Any], str]:
             f"{', '.join(ENVIRONMENT[k] for k in found)} in the environment, and {path}",
             f"Remove one of them; an empty {FILE} says that there is no file",
         )
-    return _read_file(path), str(path)
+    return read_private(path, FILE_FIELDS, ("key", "address", "gateway")), str(path)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    """The settings file's fields; refused if anybody but its owner may read or change it."""
+def read_private(path: Path, fields: tuple[str, ...], texts: tuple[str, ...]) -> dict[str, Any]:
+    """A settings file's fields, of which `texts` are text; refused if anybody but its owner may read
+    or change it. Raises HostedError."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
@@ -176,7 +177,7 @@ def _read_file(path: Path) -> dict[str, Any]:
                 "settings",
                 "The settings are not a small file",
                 str(path),
-                f"Write a file with {', '.join(FILE_FIELDS)} in it",
+                f"Write a file with {', '.join(fields)} in it",
             )
         if os.name != "nt":
             _check_private(path, status)
@@ -190,16 +191,16 @@ def _read_file(path: Path) -> dict[str, Any]:
         values, problem = None, "it is not JSON"
     if not isinstance(values, dict):
         values, problem = {}, problem or "it is not a table in curly brackets"
-    elif unknown := sorted(str(name) for name in values if name not in FILE_FIELDS):
+    elif unknown := sorted(str(name) for name in values if name not in fields):
         problem = f"{len(unknown)} of its names mean nothing here"
-    elif any(not isinstance(values.get(n, ""), str) for n in ("key", "address", "gateway")):
-        problem = "key, address and gateway must be text in quotation marks"
+    elif any(not isinstance(values.get(n, ""), str) for n in texts):
+        problem = f"{', '.join(texts[:-1])} and {texts[-1]} must be text in quotation marks"
     if problem:
         raise HostedError(
             "settings",
             f"The settings file {path} cannot be used",
             problem,
-            f"It may hold {', '.join(FILE_FIELDS)}, nothing else",
+            f"It may hold {', '.join(fields)}, nothing else",
         )
     return {k: v.strip() if isinstance(v, str) else v for k, v in values.items()}
 
