@@ -51,6 +51,7 @@ class Encoder(nn.Module):
         self.dtypes = {dtype}
         self.stored: dict = {}  # the weights as they came, mapped from the file where they can be
         self.origin: tuple = ()  # which file they came from
+        self.file = ""  # its path, or "nano"; what else is in it is read from there
         self.reset_clip_options()
 
     def reset_clip_options(self) -> None:
@@ -78,6 +79,7 @@ def load_clip(path: str, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """A text encoder file, or "nano" -> CLIP."""
     state, config, prompts = read_text_encoder(path, folders=FOLDERS)
     clip = build_clip(config, state, prompts, (_clip_patcher, (path,)), disable_dynamic)
+    clip.cond_stage_model.file = path
     status = locate(path, "text_encoder").stat()
     clip.cond_stage_model.origin = status.st_size, status.st_mtime_ns
     return clip
