@@ -12,20 +12,31 @@ can put its own kernels and patches there.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+from .kernels.attention import attention, attention_lse
+from .kernels.attention import explicit as explicit  # the definition belongs to the algebra too
 
 Weight = float | Tensor  # >= 0, for every query alike, or (queries,)
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(B, H, Q, D), (B, H, K, D), (B, H, K, D) -> (B, Q, H * D); softmax scale 1 / sqrt(D), no mask."""
-    return joined(F.scaled_dot_product_attention(q, k, v))
+    """(B, H, Q, D), (B, H, K, D), (B, H, K, D) -> (B, Q, H * D); softmax scale 1 / sqrt(D), no mask.
+
+    PyTorch's call, or on a GPU a library that is right and faster: see kernels/attention.py."""
+    return joined(attention(q, k, v))
+
+
+def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """-> out (B, H, Q, D) and the logits' log-sum-exp (B, H, Q), float32.
+
+    From the attention kernels that compute it anyway; `explicit` where there is none.
+    """
+    return attention_lse(q, k, v)
 
 
 def joined(heads: Tensor) -> Tensor:
@@ -165,59 +176,3 @@ def merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, T
     """Two parts' out and log-sum-exp -> those of both together."""
     out = a[0].lerp(b[0], torch.sigmoid(b[1] - a[1])[..., None])
     return out, torch.logaddexp(a[1], b[1])
-
-
-# ------------------------------------------------------------------------------------ log-sum-exp
-
-
-def attend_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """-> out (B, H, Q, D) and the logits' log-sum-exp (B, H, Q), float32.
-
-    From the attention kernels that compute it anyway; `explicit` where there is none.
-    """
-    return _provider(q.device.type, q.dtype, q.shape[-1])(q, k, v)
-
-
-def explicit(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, rows: int = 1024):
-    """The definition, in float32 (float64 where given): out and log-sum-exp of
-    softmax(q k' / sqrt(D) + bias), `rows` queries at a time; bias (Q, K) or None."""
-    kind = torch.promote_types(q.dtype, torch.float32)
-    outs, sums = [], []
-    for i in range(0, max(1, q.shape[2]), rows):
-        part = q[:, :, i : i + rows].to(kind) * q.shape[-1] ** -0.5
-        logits = part @ k.to(kind).mT
-        if bias is not None:
-            logits = logits + bias[i : i + rows]
-        sums.append(logits.logsumexp(-1))
-        outs.append((logits - sums[-1][..., None]).exp() @ v.to(kind))
-    return torch.cat(outs, 2).to(q.dtype), torch.cat(sums, 2)
-
-
-def _cpu(q, k, v):
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-
-
-def _flash(q, k, v):
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-
-
-def _efficient(q, k, v):
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
-    return out, lse[..., : q.shape[2]]  # some versions pad it
-
-
-@lru_cache
-def _provider(device: str, dtype: torch.dtype, head_dim: int):
-    """The first kernel that gives the right answer on this device and for this dtype."""
-    made = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 2, n, head_dim, generator=made) for n in (5, 7, 7))
-    q, k, v = (x.to(device, dtype) for x in (q, k, v))
-    wanted = explicit(q, k, v)
-    for kernel in {"cpu": (_cpu,), "cuda": (_flash, _efficient)}.get(device, ()):
-        try:
-            got = kernel(q, k, v)
-        except (RuntimeError, NotImplementedError, AttributeError):
-            continue
-        if all((a - b).abs().max() < 2e-2 for a, b in zip(got, wanted, strict=True)):
-            return kernel
-    return explicit
