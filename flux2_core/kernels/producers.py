@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .jit import kernel
-from .reference import E4M3, E4M3_MAX
+from .reference import E4M3
 from .table import Case, register
 
 if TYPE_CHECKING:
@@ -117,10 +117,10 @@ def swiglu_quantize_kernel(
     v_bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.maximum(tl.max(u_bits, 0), tl.max(v_bits, 0))
     if BESIDE:
-        k, l = tl.arange(0, C), C + tl.arange(0, D)
+        k, o = tl.arange(0, C), C + tl.arange(0, D)
         attention += row * attention_row
         w = tl.load(attention + k)
-        z = tl.load(attention + l, mask=l < m, other=0.0)
+        z = tl.load(attention + o, mask=o < m, other=0.0)
         w_bits = w.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         z_bits = z.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
         bits = tl.maximum(bits, tl.maximum(tl.max(w_bits, 0), tl.max(z_bits, 0)))
@@ -130,7 +130,7 @@ def swiglu_quantize_kernel(
     codes += row * (m + n)
     if BESIDE:
         tl.store(codes + k, (w.to(tl.float32) * inverse).to(tl.float8e4nv))
-        tl.store(codes + l, (z.to(tl.float32) * inverse).to(tl.float8e4nv), mask=l < m)
+        tl.store(codes + o, (z.to(tl.float32) * inverse).to(tl.float8e4nv), mask=o < m)
     tl.store(codes + m + i, (u * inverse).to(tl.float8e4nv))
     tl.store(codes + m + j, (v * inverse).to(tl.float8e4nv), mask=j < n)
     tl.store(scales + row, amax * 0.002232142857142857)

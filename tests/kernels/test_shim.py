@@ -212,9 +212,9 @@ def test_nan_is_lost_in_a_maximum_and_unequal_to_itself():
 def test_addresses_outside_the_tensors_are_refused():
     x = torch.ones(16)
     add_kernel[(1,)](x, torch.empty(7), 7, BLOCK=8)
-    with pytest.raises(Exception, match="1 elements to store .* lie in no tensor"):
+    with pytest.raises(Exception, match=r"1 elements to store .* lie in no tensor"):
         add_kernel[(1,)](x, torch.empty(7), 8, BLOCK=8)
-    with pytest.raises(Exception, match="1 elements to load .* lie in no tensor"):
+    with pytest.raises(Exception, match=r"1 elements to load .* lie in no tensor"):
         add_kernel[(1,)](x[:7], torch.empty(8), 8, BLOCK=8)
 
 
