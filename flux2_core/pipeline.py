@@ -18,6 +18,7 @@ from .guidance import Steer, Velocity, split, velocity
 from .inpaint import Work, held, latent_mask, prepare, stitch
 from .kv_cache import ReferenceCache
 from .nano.forms import FORMS
+from .precision import guarded
 from .prompt_cache import PromptCache
 from .prompt_nano import in_words
 from .references import (
@@ -208,7 +209,7 @@ class Pipeline:
         x = latents.noise(seed, width=width, height=height).to(self.device)
         noise = partial(draw, [seed], like=x)
         how = {"solver": solver, "eta": eta, "noise": noise, "on_step": on_step}
-        field = self._cast(field)
+        field = self._cast(field, [c for c in (cache, step_cache) if c is not None])
         if start is None:
             return denoise(field, x, sigmas, **how)
         start = start.float()
@@ -259,10 +260,15 @@ class Pipeline:
     def decode(self, x: Tensor) -> Image.Image:
         return to_pil(self._pictures(x)[0])
 
-    def _cast(self, field: Velocity) -> Velocity:
-        """The model computes in its own dtype, the steps are summed in float32."""
+    def _cast(self, field: Velocity, caches: Sequence) -> Velocity:
+        """The model computes in its own dtype, the steps are summed in float32; see precision.guarded."""
         dtype = next(self.model.parameters()).dtype
-        return lambda x, t: field(x.to(dtype), t)
+
+        def forget() -> None:
+            for cache in caches:
+                cache.clear()
+
+        return lambda x, t: guarded(self.model, lambda: field(x.to(dtype), t), forget)
 
 
 def _mask(mask: Tensor | Image.Image) -> Tensor:

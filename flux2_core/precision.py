@@ -100,13 +100,18 @@ def without_fp8(network: nn.Module) -> Iterator[None]:
             layer.compute = "fp8"
 
 
-def guarded(network: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+def guarded(
+    network: nn.Module, run: Callable[[], Tensor], forget: Callable[[], None] = lambda: None
+) -> Tensor:
     """run(), a pass through `network`. If fp8 products made NaN or infinity of it, the first layer
-    that did is named in the log and the pass is repeated without fp8 products."""
+    that did is named in the log and the pass is repeated without fp8 products. `forget` empties
+    caches that may hold what the first try left there."""
     out = run()
-    if bool(torch.isfinite(out).all()) or not any(map(_fp8, network.modules())):
+    if not any(map(_fp8, network.modules())) or bool(torch.isfinite(out).all()):
         return out
+    forget()
     layer = first_overflow(network, run)
+    forget()
     with without_fp8(network):
         again = run()
     if bool(torch.isfinite(again).all()):

@@ -16,9 +16,10 @@ TAEF2 = "TAEF2"
 log = logging.getLogger(__name__)
 
 
-def model(choice: str, variant: str | None):
-    """MODEL of a file in diffusion_models, or nano."""
-    return host_objects.load_model(host.path_of("diffusion_models", choice), variant)
+def model(choice: str, variant: str | None, precision: str = AUTO, layers: str = ""):
+    """MODEL of a file in diffusion_models, or nano. `precision`, `layers`: flux2_core.precision."""
+    path = host.path_of("diffusion_models", choice)
+    return host_objects.load_model(path, variant, precision, layers)
 
 
 def verdict(choice: str, variant: str | None) -> str:

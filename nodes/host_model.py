@@ -21,10 +21,12 @@ from torch import Tensor
 from ..flux2_core.configs import TransformerConfig, Variant
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.positions import rotate
+from ..flux2_core.precision import guarded
 from ..flux2_core.stream import Stream
 from ..flux2_core.transformer import Flux2Transformer
 from ..flux2_core.visibility import isolation
 from ..flux2_core.windows import blend, seen_from
+from .host_controls import CACHE, STEPS
 from .host_rope import angles, ids, places, table
 from .host_steer import HostControls, Steering, check_batches, steer
 from .host_windows import windows_of
@@ -343,6 +345,18 @@ class Model(comfy.model_base.Flux2):
 
     def encode_adm(self, **kwargs):
         return None  # FLUX.2 has no pooled text
+
+    def _apply_model(self, *args, **kwargs):
+        """The host's pass; one that fp8 made overflow is repeated without it."""
+        options = kwargs.get("transformer_options") or {}
+
+        def forget():
+            for key in (CACHE, STEPS):
+                if (cache := options.get(key)) is not None:
+                    cache.clear()
+
+        run = partial(super()._apply_model, *args, **kwargs)
+        return guarded(self.diffusion_model, run, forget)
 
     def extra_conds(self, **kwargs):
         """As the host's, but short texts are padded to this model's length, on the left."""

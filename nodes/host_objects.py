@@ -1,6 +1,7 @@
 """MODEL: the host's own classes around our networks, and what CLIP and VAE share with it."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import comfy.hooks
@@ -12,6 +13,7 @@ import torch
 from ..flux2_core.checkpoint import choose_variant, locate, read_state_dict
 from ..flux2_core.configs import TransformerConfig, Variant
 from ..flux2_core.info import how_told
+from ..flux2_core.precision import AUTO, choices, compute, store
 from . import host_quant
 from .host_model import Config, Model
 
@@ -38,14 +40,24 @@ def assign(patcher) -> dict:
     return {"assign": True} if getattr(patcher, "is_dynamic", lambda: False)() else {}
 
 
-def load_model(path: str, variant: str | None = None, disable_dynamic: bool = False):
-    """A transformer file, or "nano" -> MODEL. `variant` None: what the file says."""
+def load_model(
+    path: str,
+    variant: str | None = None,
+    precision: str = AUTO,
+    layers: str = "",
+    disable_dynamic: bool = False,
+):
+    """A transformer file, or "nano" -> MODEL. `variant` None: what the file says. `precision` and
+    its exceptions `layers`: as in flux2_core.precision."""
     state, metadata, config = read_state_dict(path, "transformer")
     chosen = choose_variant(locate(path, "transformer"), config, metadata, variant)
     told = how_told(config, chosen, metadata, variant is not None)
     log.info("%s is %s, %s.", Path(path).name, chosen.label, told)
-    reload = (load_model, (path, variant))
-    return build_model(chosen.transformer, state, chosen, reload, disable_dynamic=disable_dynamic)
+    wanted = choices((name.removesuffix(".weight") for name in state), precision, layers)
+    state = store(state, wanted)
+    reload = (load_model, (path, variant, precision, layers))
+    how = {"wanted": wanted, "disable_dynamic": disable_dynamic}
+    return build_model(chosen.transformer, state, chosen, reload, **how)
 
 
 def build_model(
@@ -54,9 +66,11 @@ def build_model(
     variant: Variant | None,
     reload: tuple,
     dtype: torch.dtype | None = None,
+    wanted: Mapping[str, str] = {},
     disable_dynamic: bool = False,
 ):
-    """Weights under BFL names, complete -> MODEL."""
+    """Weights under BFL names, complete -> MODEL. `wanted`: precision of layers, as `store` made
+    them."""
     described = Config(config)
     devices = {
         "load_device": memory.get_torch_device(),
@@ -74,6 +88,7 @@ def build_model(
     model = Model(config, described, variant)
     network = model.diffusion_model
     state = host_quant.install(network, state, network.dtype or torch.bfloat16)
+    compute(network, wanted)
     if not memory.is_device_cpu(devices["offload_device"]):
         model.to(devices["offload_device"])
     patcher = patch(model, **devices, reload=reload, disable_dynamic=disable_dynamic)

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..flux2_core import fp8
 from ..flux2_core.formats import Packed
+from ..flux2_core.quantised import FP8_FORM
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,11 +24,14 @@ PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
     """y = x W'. `weight` holds codes (or, while patched, numbers); scales are buffers beside it.
 
-    `branches` are changes beside it, (x, y) -> y: our LoRAs, which need no other weights.
+    `branches` are changes beside it, (x, y) -> y: our LoRAs, which need no other weights. `compute`
+    "fp8": e4m3 codes are multiplied with activations in e4m3 where the device can; "weights", every
+    other format, and every weight that the host changes: decoded at use.
     """
 
     bias = None
     branches: tuple = ()
+    compute = "fp8"
 
     def __init__(self, packed: Packed, dtype: torch.dtype):
         super().__init__()
@@ -52,8 +57,48 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
             else:
                 self._buffers[name] = part
 
+    @property
+    def scale(self) -> Tensor | None:
+        return self._buffers.get("weight_scale")
+
+    @property
+    def _codes(self) -> bool:
+        """True where the weight is e4m3 codes and nobody wants to change it."""
+        return self.format == FP8_FORM and not self._patched and not self._changes()
+
+    def computes_fp8_for(self, x: Tensor) -> bool:
+        if self.compute != "fp8" or not self._codes:
+            return False
+        scales = 1 if self.scale is None else self.scale.numel()
+        return fp8.native(x.device, x.dtype, self.shape, scales)
+
+    def takes_codes(self, x: Tensor) -> bool:
+        """True where activations may come as codes: LoRAs and hooks want numbers."""
+        watched = self.branches or self._forward_hooks or self._forward_pre_hooks
+        return not watched and self.computes_fp8_for(x)
+
+    def _parts(self, device) -> tuple[Tensor, Tensor | None]:
+        """Codes and scale, where they are needed."""
+        scale = self.scale
+        return self._on(self.weight, device), None if scale is None else self._on(scale, device)
+
+    def from_codes(self, codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+        comfy.ops.run_every_op()
+        return fp8.from_codes(codes, scale, *self._parts(x.device), x)
+
     def forward(self, x: Tensor) -> Tensor:
         comfy.ops.run_every_op()
+        native = self.computes_fp8_for(x)
+        if native or (x.dtype == torch.bfloat16 and self._codes):
+            out = fp8.product(x, *self._parts(x.device), native)
+        else:
+            out = F.linear(x, self._numbers(x))
+        for branch in self.branches:
+            out = branch(x, out)
+        return out
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        """The matrix in x's dtype, with what the host wants done to it."""
         weight = self.convert_weight(self._on(self.weight, x.device)).to(x.dtype)
         self._decoded = True  # older hosts' patches convert what they are given
         try:
@@ -61,10 +106,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
                 weight = change(weight)
         finally:
             self._decoded = False
-        out = F.linear(x, weight.to(x.dtype))
-        for branch in self.branches:
-            out = branch(x, out)
-        return out
+        return weight.to(x.dtype)
 
     def _changes(self) -> list:
         """What the host wants done to an offloaded weight."""

@@ -1,6 +1,7 @@
 """Loaders: a file of the host's model folders, or the built-in nano, as MODEL, CLIP and VAE."""
 
 from ..flux2_core.configs import VARIANTS
+from ..flux2_core.precision import PRECISIONS
 from . import host, host_find
 from .schema import Schema, io, ui
 
@@ -57,6 +58,29 @@ def _variant_input():
     return io.Combo.Input("variant", options=VARIANT_NAMES, default=AUTO, tooltip=VARIANT_TIP)
 
 
+def _precision_inputs() -> list:
+    return [
+        io.Combo.Input(
+            "precision",
+            options=list(PRECISIONS),
+            default=AUTO,
+            optional=True,
+            tooltip="How the blocks' weights are stored and multiplied. auto: as the file has them; fp8 "
+            "weights are multiplied in fp8 where the card can (RTX 40 and 50, H100 and newer). fp8 "
+            "makes them so at load: half of bf16's memory. fp8 weights only multiplies in bf16: for "
+            "older cards and the last bit of quality. bf16 decodes everything at load.",
+        ),
+        io.String.Input(
+            "layers",
+            default="",
+            multiline=True,
+            optional=True,
+            tooltip="Exceptions from precision, one a line: single_blocks.0.*: bf16. A * stands for "
+            "any part of a layer's name, the last line that fits wins. Empty: none.",
+        ),
+    ]
+
+
 def _name(variant: str) -> str | None:
     return None if variant == AUTO else variant
 
@@ -106,7 +130,7 @@ class Flux2KitModelLoader(io.ComfyNode):
             category="FLUX.2/loaders",
             description="Loads a FLUX.2 transformer alone.",
             search_aliases=["flux2 unet", "diffusion model"],
-            inputs=[_model_input(), _variant_input()],
+            inputs=[_model_input(), _variant_input(), *_precision_inputs()],
             outputs=[io.Model.Output(tooltip="The model that draws.")],
         )
 
@@ -115,8 +139,8 @@ class Flux2KitModelLoader(io.ComfyNode):
         return host.stamp("diffusion_models", model)
 
     @classmethod
-    def execute(cls, model, variant=AUTO):
-        loaded = host_find.model(model, _name(variant))
+    def execute(cls, model, variant=AUTO, precision=AUTO, layers=""):
+        loaded = host_find.model(model, _name(variant), precision, layers)
         told = ui.PreviewText(host_find.verdict(model, _name(variant)))
         return io.NodeOutput(loaded, ui=told)
 
