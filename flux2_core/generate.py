@@ -17,6 +17,7 @@ from .configs import TextEncoderConfig
 from .errors import Flux2Error
 from .layers import linear
 from .text_encoder import Layer, TextEncoder, for_each_query, rope_half
+from .tokenizer import PromptTokenizer
 from .vision_tower import Vision, VisionConfig, pixels_of, place_of
 
 IMAGE = "[IMG]"
@@ -136,11 +137,19 @@ class Rest(nn.Module):
 
 
 class Writer:
-    """A text encoder with the rest of its language model. `device`: where the words go in."""
+    """A text encoder with the rest of its language model. `tokenizer`: the encoder's own if None;
+    `device`: where the words go in."""
 
-    def __init__(self, encoder: TextEncoder, rest: Rest, device=None):
+    def __init__(
+        self,
+        encoder: TextEncoder,
+        rest: Rest,
+        tokenizer: PromptTokenizer | None = None,
+        device=None,
+    ):
         self.encoder, self.rest = encoder, rest
         self.device = device or encoder.model.embed_tokens.weight.device
+        self._tokenizer = tokenizer
 
     @property
     def sees(self) -> bool:
@@ -216,12 +225,13 @@ class Writer:
         return prompts.decode(written), ended
 
     @property
-    def prompts(self):
-        if self.encoder.tokenizer is None:
+    def prompts(self) -> PromptTokenizer:
+        found = self._tokenizer or self.encoder.tokenizer
+        if found is None:
             raise Flux2Error(
                 "This text encoder has no tokenizer", do="Load it with its tokenizer beside it"
             )
-        return self.encoder.tokenizer
+        return found
 
     def _token(self, text: str) -> int:
         ids = self.prompts.tokenize(text)

@@ -9,6 +9,7 @@ import re
 
 from .errors import Flux2Error
 from .nano import scenes
+from .prompt_nano import in_words
 from .upsample import Answer, Ask
 
 _UNKNOWN = "nano's stand-in for a writer knows the words of nano's world only"
@@ -21,7 +22,7 @@ def write(ask: Ask) -> Answer:
     """`a circle` -> `a blue circle left on tan background`. Raises Flux2Error for other worlds."""
     text = ask.prompt.strip().rstrip(".")
     try:
-        wanted = scenes.parse(text, [_PICTURE] * ask.references)
+        wanted = scenes.parse(in_words(text)[0], [_PICTURE] * ask.references)
     except Flux2Error as error:
         raise Flux2Error(
             _UNKNOWN,

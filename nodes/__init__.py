@@ -31,6 +31,7 @@ from .schema import ComfyExtension
 from .solver import Flux2KitSolver
 from .state import Flux2KitLoadState, Flux2KitSaveState
 from .step_cache import Flux2KitStepCache
+from .upsample import Flux2KitPromptUpsample
 from .windows import Flux2KitWindows
 
 NODES = [
@@ -42,6 +43,7 @@ NODES = [
     Flux2KitCheckpointInfo,
     Flux2KitSaveQuantized,
     Flux2KitPromptBuilder,
+    Flux2KitPromptUpsample,
     Flux2KitPromptCache,
     Flux2KitPrompt,
     Flux2KitPromptBatch,

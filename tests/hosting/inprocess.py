@@ -112,21 +112,24 @@ class Host:
             result = made(**inputs)
         return result.args if hasattr(result, "args") else result
 
-    def run(self, prompt: dict, keep: dict | None = None) -> Result:
+    def run(self, prompt: dict, keep: dict | None = None, workflow: dict | None = None) -> Result:
         """Validate and execute an API-format prompt with the host's executor.
 
         keep: name -> [node id, output index]; the values come back in `Result.kept`. A prompt needs
-        an output node or something to keep. Raises HostError.
+        an output node or something to keep. `workflow`: the graph that saved pictures carry. Raises
+        HostError.
         """
         prompt = {**prompt}
         for name, source in (keep or {}).items():
             inputs = {"value": list(source), "name": name}
             prompt[f"keep_{name}"] = {"class_type": "TestKeep", "inputs": inputs}
         outputs = self._validate(prompt)
+        extra = {"client_id": "test"}
+        extra |= {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         server, Keep.values, progress = _Server(), {}, []
         executor = self._executor(server)
         with _progress_sent_to(progress):
-            executor.execute(prompt, uuid.uuid4().hex, {"client_id": "test"}, outputs)
+            executor.execute(prompt, uuid.uuid4().hex, extra, outputs)
         for event, data in executor.status_messages:
             if event in ("execution_error", "execution_interrupted"):
                 what = f"{data.get('exception_type', event)}: {data.get('exception_message', '')}"
