@@ -16,7 +16,8 @@ def load(name: str) -> dict:
 
 
 def asked(workflow: dict) -> dict:
-    """What it says of itself: see hosting/verdict.py. "regions" holds the prompts of regions."""
+    """What it says of itself: see hosting/verdict.py. "regions" holds the prompts of regions,
+    "further" those of a batch after its first."""
     return workflow["extra"]["flux2_kit"]
 
 

@@ -137,7 +137,10 @@ def test_what_it_says_is_what_it_draws(name):
             assert shown == said["references"]
     place = {"Flux2KitPrompt": 0, "Flux2KitHosted": 1}
     texts = [n["widgets_values"][place[n["type"]]] for n in nodes.values() if n["type"] in place]
-    prompts = [*said.get("draft", ()), said["prompt"], *said.get("regions", ())]
+    batches = [n["widgets_values"][0] for n in nodes.values() if n["type"] == "Flux2KitPromptBatch"]
+    texts += [text for batch in batches for text in batch.split("\n---\n")]
+    prompts = [*said.get("draft", ()), said["prompt"], *said.get("further", ())]
+    prompts += said.get("regions", ())
     prompts += [said["negative"]] if "negative" in said else []
     assert list(dict.fromkeys(resolve(text, names) for text in texts if text)) == prompts
     assert bool(names) == bool(said["references"]) and all(verdict.sentences(said))
