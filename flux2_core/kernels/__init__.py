@@ -8,6 +8,7 @@ something faster; `use("reference")` and the environment's FLUX2_KERNELS choose.
 needs neither a GPU nor Triton.
 """
 
+from . import ops, producers, scaled  # noqa: F401 (ops defines, the others register)
 from .ops import (
     fp8_linear,
     fp8_weight_linear,

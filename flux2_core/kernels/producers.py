@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 
 PRIORITY = 100
 HEADS = 8  # heads of one token in one program of qk_norm_rope
-FLAT = 4096  # elements in one program of requantize
+FLAT = 1024  # elements in one program of requantize
 WIDEST = 32768  # numbers in a row that registers hold
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
 
 # ----------------------------------------------------------------------------------------- kernels
 
@@ -34,7 +33,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 @kernel
 def _quantize(u, v, mask, codes, scales, row, n, A: tl.constexpr, B: tl.constexpr):
     """A row in two blocks -> its codes and scale, stored. u and v float32, v 0 where masked."""
-    # as integers NaN and infinity are larger than all numbers, so that the maximum keeps them
+    # as whole numbers NaN and infinity exceed all numbers, so that the maximum keeps them
     u_bits = u.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     v_bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.maximum(tl.max(u_bits, 0), tl.max(v_bits, 0))
@@ -99,7 +98,8 @@ def modulate_quantize_kernel(
 def _swiglu(mlp, i, n, mask):
     a = tl.load(mlp + i, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(mlp + n + i, mask=mask, other=0.0).to(tl.float32)
-    return a / (1.0 + tl.exp(-a)) * b
+    r = tl.rsqrt(1.0 + tl.exp(-a))  # its square is the sigmoid, without a division
+    return a * r * r * b
 
 
 @kernel
@@ -191,7 +191,7 @@ def requantize_kernel(weight, scale, codes, n, scale_row, seed, BLOCK: tl.conste
     tl.store(codes + row * n + i, code.to(tl.uint8), mask=mask)
 
 
-# ----------------------------------------------------------------------------------------- launches
+# ------------------------------------- launches, on the GPU that holds the tensors, current or not
 
 
 def blocks(n: int) -> tuple[int, int]:
@@ -213,17 +213,12 @@ def _made(x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return codes, torch.empty((rows, 1), dtype=torch.float32, device=x.device)
 
 
-def _here(x: Tensor) -> torch.cuda.device_of:
-    """Triton launches on the current GPU, whatever its arguments say."""
-    return torch.cuda.device_of(x)
-
-
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     x = _lines(x)
     (rows, n), (a, b) = x.shape, blocks(x.shape[1])
     codes, scale = _made(x, rows, n)
     if rows:
-        with _here(x):
+        with torch.cuda.device_of(x):
             quantize_rows_kernel[(rows,)](
                 x, codes, scale, n, x.stride(0), A=a, B=b, num_warps=row_warps(n)
             )
@@ -250,7 +245,7 @@ def _modulate(x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, s
     (batch, rows, n), (a, b) = x.shape, blocks(x.shape[2])
     codes, scales = _made(x, batch * rows, n)
     if batch * rows:
-        with _here(x):
+        with torch.cuda.device_of(x):
             modulate_quantize_kernel[(batch * rows,)](
                 x, y, gate, shift, scale, None if y is None else new, codes, scales,
                 rows, n, 1 / n, *x.stride()[:2], *y_strides, gate_batch, shift.stride(0),
@@ -269,7 +264,7 @@ def swiglu_quantize(mlp: Tensor, attention: Tensor | None = None) -> tuple[Tenso
     (a, b), (c, d) = blocks(n), blocks(m)
     codes, scales = _made(mlp, rows, m + n)
     if rows:
-        with _here(mlp):
+        with torch.cuda.device_of(mlp):
             swiglu_quantize_kernel[(rows,)](
                 mlp, attention, codes, scales, n, m, mlp.stride(0), attention_row,
                 BESIDE=m > 0, A=a, B=b, C=c, D=d, num_warps=row_warps(n),
@@ -292,11 +287,10 @@ def qk_norm_rope(
     size = (batch, heads, total, dim)
     q, k, v = (torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    parts = [(qkv, q_weight, k_weight)]
+    start, parts = 0, [(qkv, q_weight, k_weight)]
     if text is not None and text_q_weight is not None and text_k_weight is not None:
         parts.insert(0, (text, text_q_weight, text_k_weight))
-    start = 0
-    with _here(qkv):
+    with torch.cuda.device_of(qkv):
         for packed, weight, other in parts:
             packed = _lines(packed)
             rows = packed.shape[1]
@@ -315,7 +309,7 @@ def requantize(weight: Tensor, scale: Tensor, seed: int) -> Tensor:
     rows, n = weight.shape
     codes = torch.empty((rows, n), dtype=torch.uint8, device=weight.device)
     if rows and n:
-        with _here(weight):
+        with torch.cuda.device_of(weight):
             requantize_kernel[(rows, -(-n // FLAT))](
                 weight, scale, codes, n, int(scale.numel() > 1), seed, BLOCK=FLAT, num_warps=4
             )
@@ -366,9 +360,40 @@ def _requantize_refuses(case: Case) -> str | None:
     return _refuses(case, 80, 0, fp8=False)
 
 
-register("quantize_rows", "triton", PRIORITY, quantize_rows, _row_refuses)
-register("modulate_quantize", "triton", PRIORITY, modulate_quantize, _row_refuses)
-register("gated_modulate_quantize", "triton", PRIORITY, gated_modulate_quantize, _row_refuses)
-register("swiglu_quantize", "triton", PRIORITY, swiglu_quantize, _row_refuses)
-register("qk_norm_rope", "triton", PRIORITY, qk_norm_rope, _heads_refuses)
-register("requantize", "triton", PRIORITY, requantize, _requantize_refuses)
+for _op, _call, _refusal in (
+    ("quantize_rows", quantize_rows, _row_refuses),
+    ("modulate_quantize", modulate_quantize, _row_refuses),
+    ("gated_modulate_quantize", gated_modulate_quantize, _row_refuses),
+    ("swiglu_quantize", swiglu_quantize, _row_refuses),
+    ("qk_norm_rope", qk_norm_rope, _heads_refuses),
+    ("requantize", requantize, _requantize_refuses),
+):
+    register(_op, "triton", PRIORITY, _call, _refusal)
+
+
+def _gate():
+    """What the compile gate compiles: (kernel, argument types, constants, warps, stages, sm_...)."""
+    rows = {"x": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32", "n": "i32", "x_row": "i32"}
+    sides = dict.fromkeys(("y", "gate", "x_new"), "*bf16")
+    norm = dict.fromkeys(("shift", "scale"), "*bf16") | {"inverse_n": "fp32", "rows": "i32"}
+    norm |= {f"{t}_batch": "i32" for t in ("x", "y", "gate", "shift", "scale")} | {"y_row": "i32"}
+    mlp = dict.fromkeys(("n", "m", "mlp_row", "attention_row"), "i32")
+    mlp |= {"mlp": "*bf16", "attention": "*bf16", "codes": "*fp8e4nv", "scales": "*fp32"}
+    old, new = (80, 86, 89, 90, 100, 120), (89, 90, 100, 120)
+    for h in (3072, 4096, 6144):
+        one, warps = dict(zip("AB", blocks(h), strict=True)), row_warps(h)
+        yield quantize_rows_kernel, rows, one, warps, 1, new
+        yield modulate_quantize_kernel, rows | norm | sides, {"GATED": True, **one}, warps, 1, new
+        alone = dict.fromkeys(sides) | {"GATED": False, **one}
+        yield modulate_quantize_kernel, rows | norm, alone, warps, 1, new
+        both = dict(zip("ABCD", blocks(3 * h) + blocks(h), strict=True))
+        yield swiglu_quantize_kernel, mlp, {"BESIDE": True, **both}, row_warps(3 * h), 1, new
+    heads = dict.fromkeys(("qkv", "q_weight", "k_weight", "q", "k", "v"), "*bf16")
+    heads |= {"cos": "*fp32", "sin": "*fp32"}
+    heads |= dict.fromkeys(("rows", "heads", "start", "total", "qkv_batch", "qkv_row"), "i32")
+    yield qk_norm_rope_kernel, heads, {"HEADS": HEADS, "D": 128}, 4, 1, old
+    weight = {"weight": "*fp32", "scale": "*fp32", "codes": "*u8", "n": "i32", "seed": "i64"}
+    yield requantize_kernel, weight | {"scale_row": "i32"}, {"BLOCK": FLAT}, 4, 1, old
+
+
+GATE = tuple(_gate())
