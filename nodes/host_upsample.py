@@ -71,7 +71,8 @@ def source_of(writer: str, clip) -> Source:
         says = "nano's text encoder cannot write: simple rules fill in what the prompt leaves free."
         return Source(("nano",), False, lambda: upsample_nano.write, says)
     found = rest_of(encoder.file)
-    which = (encoder.file, encoder.origin, str(getattr(clip.patcher, "patches_uuid", "")))
+    patches = str(clip.patcher.patches_uuid) if clip.patcher.patches else ""
+    which = (encoder.file, encoder.origin, patches)
     return Source(which, found.vision is not None, partial(_open, clip))
 
 
