@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tune
-from .reference import E4M3
 from .table import Case, register
 
 BF16 = torch.bfloat16
@@ -67,23 +66,6 @@ def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torc
         a, b, scale_a, row_wise, scale_b, row_wise,
         output_dtype=dtype, use_fast_accum=fast_accumulate,
     )  # fmt: skip
-
-
-def illegal(
-    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype
-) -> str | None:
-    """Why CUDA would refuse what `scaled_mm` hands on, or None. The CPU takes more than CUDA does,
-    so tests ask here as well."""
-    (rows, depth), columns = codes.shape, weight.shape[0]
-    if depth % 16 or columns % 16:
-        return f"K = {depth} and N = {columns} must be multiples of 16"
-    if codes.dtype != E4M3 or weight.dtype != E4M3:
-        return f"codes are {codes.dtype} and {weight.dtype}, both must be float8_e4m3fn"
-    if dtype != BF16:
-        return f"the result would be {dtype}, only bfloat16 is served by every version"
-    if scale.shape != (rows, 1) or weight_scale.numel() not in (1, columns):
-        return "activations need a scale for each row, weights one for each row or for all"
-    return None
 
 
 def _refuses_scaled_mm(case: Case) -> str | None:
