@@ -10,13 +10,13 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import attend
 from .configs import TransformerConfig, Variant
 from .errors import Flux2Error
 from .fp8 import activated, added, modulated
+from .heads import turned_heads
 from .kv_cache import Kept, Recorder
 from .latents import grid
 from .layers import (
@@ -31,7 +31,7 @@ from .layers import (
 )
 from .negatives import Both
 from .negatives import check as check_negative
-from .positions import rope_table, rotate
+from .positions import rope_table
 from .step_cache import Call
 from .stream import STOCK, Controls, Stream
 from .visibility import ReferenceControl, arrange
@@ -47,17 +47,6 @@ class SelfAttention(nn.Module):
         self.qkv = linear(ops, h, 3 * h, **kw)
         self.norm = QKNorm(config.head_dim, ops, **kw)
         self.proj = linear(ops, h, h, **kw)
-
-    def heads_of(self, x: Tensor, mod: Modulation) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, h) -> q, k, v (B, H, L, D) of its modulated norm, q and k normalised."""
-        q, k, v = split_heads(modulated(self.qkv, mod, x), self.heads)
-        return *self.norm(q, k), v
-
-
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, 3 h) with rows q | k | v, each head-major -> three (B, H, L, D)."""
-    q, k, v = rearrange(qkv, "b l (three h d) -> three b h l d", three=3, h=heads)
-    return q, k, v
 
 
 def mlp(hidden: int, ratio: int, ops, **kw) -> nn.ModuleDict:
@@ -88,13 +77,9 @@ class DoubleBlock(nn.Module):
         """img (B, L, h), txt (B, T, h) -> the same."""
         img1, img2 = img_mod
         txt1, txt2 = txt_mod
-        pairs = zip(
-            self.txt_attn.heads_of(txt, txt1),
-            self.img_attn.heads_of(img, img1),
-            strict=True,
-        )
-        q, k, v = (torch.cat(pair, 2) for pair in pairs)
-        out = attend(rotate(q, *rope), rotate(k, *rope), v)
+        text, picture = self.txt_attn, self.img_attn
+        qkv, txt_qkv = modulated(picture.qkv, img1, img), modulated(text.qkv, txt1, txt)
+        out = attend(*turned_heads(qkv, picture.norm, picture.heads, rope, txt_qkv, text.norm))
         txt_out, img_out = map(own_rows, out.split((txt.shape[1], img.shape[1]), 1))
 
         img = feed_forward(self.img_mlp, img1, img2, img, self.img_attn.proj(img_out))
@@ -118,13 +103,10 @@ class SingleBlock(nn.Module):
     ) -> Tensor:
         """x (B, T, h) -> the same, or only `rows` of it: keys and values always come from all rows."""
         qkv, hidden = modulated(self.linear1, mod, x).split(self.split, -1)
-        q, k, v = split_heads(qkv, self.heads)
-        q, k = self.norm(q, k)
-        k = rotate(k, *rope)
+        q, k, v = turned_heads(qkv, self.norm, self.heads, rope)
         if rows is not None:
             x, q, hidden, mod = x[:, rows], q[:, :, rows], hidden[:, rows], mod.head()
-            rope = tuple(table[rows] for table in rope)
-        out = attend(rotate(q, *rope), k, v)
+        out = attend(q, k, v)
         return mod.add(x, activated(self.linear2, hidden, out))
 
 

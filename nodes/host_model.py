@@ -213,9 +213,9 @@ class HostTransformer(Flux2Transformer):
         block = self.double_blocks[i]
 
         def run(args):
-            img, txt = block(
-                args["img"], args["txt"], *args["vec"], (), partial(self._attend, s, args, i)
-            )
+            rope = self._rope(s, args)
+            attend = partial(self._attend, s, args, i, turned=bool(rope))
+            img, txt = block(args["img"], args["txt"], *args["vec"], rope, attend)
             return {"img": _finite(img), "txt": _finite(txt)}
 
         vec = (s.img_mod, s.txt_mod)
@@ -229,8 +229,9 @@ class HostTransformer(Flux2Transformer):
 
         def run(args):
             number = len(self.double_blocks) + i
-            attend = partial(self._attend, s, args, number, rows=rows)
-            return {"img": _finite(block(args["img"], args["vec"], (), attend, rows))}
+            rope = self._rope(s, args)
+            attend = partial(self._attend, s, args, number, rows=rows, turned=bool(rope))
+            return {"img": _finite(block(args["img"], args["vec"], rope, attend, rows))}
 
         out = s.block("single", i, total, run, img=s.img, vec=s.single_mod)
         return s.controlled(out["img"], "output", i, s.text if rows is None else 0)
@@ -244,10 +245,17 @@ class HostTransformer(Flux2Transformer):
         )
         return not watched and s.mask is None and "optimized_attention_override" not in s.options
 
+    def _rope(self, s: HostStream, args: dict):
+        """The tables for a block that turns its heads itself; none where a patch of another pack
+        wants to see them before."""
+        return () if s.patches("attn1_patch") else s.table(args.get("pe"))
+
     def _attend(
-        self, s: HostStream, args: dict, block: int, q: Tensor, k: Tensor, v: Tensor, rows=None
-    ):
-        """q, k (before RoPE), v (B, H, L, D) -> (B, L, H * D), past the patches of other packs."""
+        self, s: HostStream, args: dict, block: int, q: Tensor, k: Tensor, v: Tensor, rows=None,
+        turned: bool = False,
+    ):  # fmt: skip
+        """q, k (before RoPE unless `turned`), v (B, H, L, D) -> (B, L, H * D), past the patches of
+        other packs."""
         options = args.get("transformer_options") or s.options
         pe, mask = args.get("pe"), args.get("attn_mask")
         extra = {**options, "img_slice": [s.text, q.shape[2]]}
@@ -256,9 +264,10 @@ class HostTransformer(Flux2Transformer):
             out = patch(q, k, v, pe=pe, attn_mask=mask, extra_options=extra)
             q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
             pe, mask = out.get("pe", pe), out.get("attn_mask", mask)
-        rope = s.table(pe)
-        q = rotate(q, *(_cut(t[..., rows, :] if rows else t, q) for t in rope))
-        k = rotate(k, *(_cut(t, k) for t in rope))
+        if not turned:
+            rope = s.table(pe)
+            q = rotate(q, *(_cut(t[..., rows, :] if rows else t, q) for t in rope))
+            k = rotate(k, *(_cut(t, k) for t in rope))
         kernel = partial(_kernel, heads=self.config.heads, mask=mask, options=options)
         out = s.attention(block, kernel)(q, k, v)
         for patch in s.patches("attn1_output_patch"):

@@ -129,11 +129,36 @@ def unfused(model):
     return model
 
 
-def test_stock_layers_take_the_stock_way():
+@pytest.fixture
+def passes(monkeypatch):
+    """Names of the fused passes, as they are called."""
+    called = []
+    for name in ("modulate_quantize", "gated_modulate_quantize", "swiglu_quantize", "qk_norm_rope"):
+        op = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *args, op=op, name=name: called.append(name) or op(*args)
+        )
+    return called
+
+
+def test_stock_layers_take_the_stock_way(passes):
+    """Only heads are made in one pass, where something serves that: the same numbers."""
     model = toy(KLEIN)
+    stock = model(**inputs(2))
+    assert not passes
     with kernels.use("reference"):
         named = model(**inputs(2))
-    assert torch.equal(named, model(**inputs(2)))
+    assert passes == ["qk_norm_rope"] * 5
+    assert error(named, stock) < 1e-5  # seen 0
+
+
+def test_norms_that_somebody_watches_are_called(passes):
+    """A hook, as a host's patch: the norm's own forward is what counts."""
+    model = toy(KLEIN)
+    model.single_blocks[0].norm.query_norm.register_forward_hook(lambda *_: None)
+    with kernels.use("reference"):
+        model(**inputs(2))
+    assert len(passes) == 4
 
 
 def test_on_the_cpu_weights_alone_are_fp8(fp8_model):
@@ -143,18 +168,6 @@ def test_on_the_cpu_weights_alone_are_fp8(fp8_model):
         if isinstance(layer, QuantLinear):
             plain.get_submodule(name).weight.copy_(layer.packed.decode())
     assert error(fp8_model(**inputs(1)), plain(**inputs(1))) < 1e-5  # seen 0
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """Names of the fused passes, as they are called."""
-    called = []
-    for name in ("modulate_quantize", "gated_modulate_quantize", "swiglu_quantize"):
-        op = getattr(kernels, name)
-        monkeypatch.setattr(
-            kernels, name, lambda *args, op=op, name=name: called.append(name) or op(*args)
-        )
-    return called
 
 
 @pytest.mark.parametrize("config", [DEV, KLEIN])
@@ -167,10 +180,11 @@ def test_fused_passes_mean_what_the_layers_mean(codes, passes, config):
         "modulate_quantize": 4 + 3,
         "gated_modulate_quantize": 4,
         "swiglu_quantize": 4 + 3,
+        "qk_norm_rope": 2 + 3,
     }
     passes.clear()
     alone = unfused(quantize(toy(config), "fp8"))(**given)
-    assert not passes
+    assert set(passes) == {"qk_norm_rope"}
     assert sqnr(fused, alone) > 60  # seen 76 and 131
     assert sqnr(fused, toy(config)(**given)) > 25  # seen 29.8 and 34.4
 

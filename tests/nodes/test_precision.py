@@ -83,6 +83,21 @@ def test_the_fused_passes_in_the_host_are_the_cores(graph):
     assert sqnr(weights_only, wanted) < 40  # seen 37
 
 
+def test_heads_in_one_pass_in_the_host(graph, monkeypatch):
+    """Where a kernel serves, and no patch wants to see queries and keys before they are turned."""
+    model, called, stock_op = load(graph), [], kernels.qk_norm_rope
+    stock = toy.sampled(model)
+    monkeypatch.setattr(kernels, "qk_norm_rope", lambda *a: called.append(1) or stock_op(*a))
+    with kernels.use("reference"):
+        assert toy.difference(toy.sampled(model), stock) < 1e-5  # seen 0
+        assert called
+        called.clear()
+        watched = model.clone()
+        watched.set_model_patch(lambda q, k, v, **_: {"q": q, "k": k, "v": v}, "attn1_patch")
+        assert toy.difference(toy.sampled(watched), stock) < 1e-5
+    assert not called
+
+
 def test_a_lora_beside_layers_that_compute_in_fp8(graph, tmp_path):
     """Such a layer takes numbers again; the result is that of the decoded weights with the LoRA."""
     file = tmp_path / "toy.safetensors"
