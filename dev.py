@@ -284,7 +284,8 @@ def bench(options, arguments) -> int:
         known = ", ".join(sorted(path.stem for path in script.parent.glob("[a-z]*.py")))
         sys.exit(f"There is no benchmark '{options.name}'. There are: {known}")
     comfyui = host_folder(options.comfyui)
-    python = our_python(comfyui, "test")
+    # what tuning finds holds for the PyTorch that draws
+    python = host_python(comfyui) if options.name == "tune" else our_python(comfyui, "test")
     os.environ["COMFYUI_PATH"] = str(comfyui)
     return subprocess.run([python, script, *arguments], cwd=ROOT).returncode
 

@@ -183,11 +183,7 @@ def _timed(seconds: Callable, op: str, shape: Shape, accumulate: str, tile: Tile
 
 
 def the_card() -> torch.device:
-    """The card to tune. Raises Flux2Error where there is none."""
+    """The card to tune for. Raises Flux2Error where there is none."""
     if not torch.cuda.is_available() or torch.version.hip:
-        raise Flux2Error(
-            "There is no NVIDIA card here to tune for",
-            f"PyTorch {torch.__version__}",
-            "Run this with the Python of a ComfyUI that draws on the card",
-        )
+        raise Flux2Error("There is no NVIDIA card here to tune for")
     return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,96 @@
+"""How `tune` runs its candidates on a card: random operands, each result held to the next best's,
+the time the median of runs that find nothing of their operands in the card's cache.
+"""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Flux2Error
+from . import gemm, scaled
+from .reference import quantize_rows
+from .tiles import Tile
+from .tune import Shape
+
+RUNS, WARM_UP = 20, 3
+FLUSH = 256 << 20  # bytes, more than any card's cache
+# Two results rounded to bfloat16 differ by 2.4e-3, Hopper's fast sums by up to 4e-3 more.
+TOLERANCE = 8e-3
+
+
+class Bench:
+    """`bench(op, shape, accumulate, tile)` -> seconds, as `tune.tune` asks for them."""
+
+    def __init__(self, device: torch.device, seconds: Callable[[Callable], float] | None = None):
+        self.device, self.seconds = device, seconds or on_card(device)
+        self.kind: tuple | None = None
+        self.operands: tuple[Any, ...] = ()
+        self.wanted: Tensor | None = None
+
+    def __call__(self, op: str, shape: Shape, accumulate: str, tile: Tile | None) -> float:
+        depth = tile.k if tile and op == "fp8_linear_narrow" else 64
+        if self.kind != (op, shape, depth):
+            self.kind, self.operands = (op, shape, depth), self.made(op, shape, depth)
+            self.wanted = self.next_best(op)()
+        if tile is None:
+            return self.seconds(self.next_best(op))
+        call = self.ours(op, accumulate, tile)
+        error = _relative(call(), self.wanted)
+        if not error <= TOLERANCE:
+            raise Flux2Error(f"The result is off by {error:.2g}, {TOLERANCE:g} is allowed")
+        return self.seconds(call)
+
+    def made(self, op: str, shape: Shape, depth: int) -> tuple[Tensor, ...]:
+        """codes and scale, or x; then the weight's codes and scale."""
+        x = torch.randn(shape.rows, shape.depth, device=self.device, dtype=torch.bfloat16)
+        weight, weight_scale = quantize_rows(
+            torch.randn(shape.columns, shape.depth, device=self.device, dtype=torch.bfloat16)
+        )
+        if op == "fp8_weight_linear":
+            return x, weight, weight_scale
+        codes, scale = quantize_rows(x)
+        if op == "fp8_linear_narrow":
+            gemm.rebase(weight)
+            top = gemm.ACTIVATION_MAX[depth]
+            codes, scale = (codes.float() * (top / 448)).to(codes.dtype), scale * (448 / top)
+            weight_scale = weight_scale * gemm.REBASE
+        return codes, scale, weight, weight_scale
+
+    def next_best(self, op: str) -> Callable[[], Tensor]:
+        if op == "fp8_weight_linear":
+            return lambda: scaled.decoded_weight_linear(*self.operands)
+        return lambda: scaled.scaled_mm(*self.operands)
+
+    def ours(self, op: str, accumulate: str, tile: Tile) -> Callable[[], Tensor]:
+        if op == "fp8_weight_linear":
+            return lambda: gemm.weight_only(*self.operands, tile)
+        return lambda: gemm.fp8(*self.operands, tile, accumulate)
+
+
+def on_card(device: torch.device) -> Callable[[Callable], float]:
+    """-> a timer of what a call launches on a card."""
+    flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
+
+    def seconds(call: Callable) -> float:
+        for _ in range(WARM_UP):
+            call()
+        spans = []
+        for _ in range(RUNS):
+            flush.zero_()
+            span = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            span[0].record()
+            call()
+            span[1].record()
+            spans.append(span)
+        torch.cuda.synchronize(device)
+        return median(begun.elapsed_time(ended) for begun, ended in spans) / 1000
+
+    return seconds
+
+
+def _relative(y: Tensor, wanted: Tensor | None) -> float:
+    assert wanted is not None
+    return ((y.float() - wanted.float()).norm() / wanted.float().norm()).item()
