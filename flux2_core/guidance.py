@@ -112,6 +112,18 @@ def split(variant: Variant, guidance: float | None) -> tuple[float | None, float
     return None, value if variant.guidance_kind == "cfg" else 1.0
 
 
+def over(
+    variant: Variant, guidance: "float | Course | None", sigmas: Tensor
+) -> tuple[Strength | None, Strength]:
+    """`split` for a value or for a course over the run of these sigmas."""
+    if not isinstance(guidance, Course):
+        return split(variant, guidance)
+    strength = guidance.over(sigmas)
+    if variant.guidance_kind == "embedded":
+        return strength, 1.0
+    return None, strength if variant.guidance_kind == "cfg" else 1.0
+
+
 def advice(variant: Variant, steps: int | None = None, guidance: float | None = None) -> list[str]:
     """Plain-word warnings about steps and guidance that this variant was not trained for; 0 and
     None are what it wants."""

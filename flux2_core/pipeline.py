@@ -14,7 +14,7 @@ from .autoencoder import AutoEncoder
 from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from .configs import Variant
 from .errors import Flux2Error
-from .guidance import Steer, Velocity, split, velocity
+from .guidance import Course, Steer, Velocity, over, velocity
 from .inpaint import Work, held, latent_mask, prepare, stitch
 from .kv_cache import ReferenceCache
 from .nano.forms import FORMS
@@ -157,7 +157,7 @@ class Pipeline:
         width: int | None = None,
         height: int | None = None,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: float | Course | None = None,
         seed: int = 0,
         solver: str = "euler",
         eta: float = 1.0,
@@ -168,7 +168,8 @@ class Pipeline:
     ) -> Tensor:
         """-> the finished latent (1, 128, height / 16, width / 16). None: what the variant wants.
 
-        With true CFG and no `negative`, an empty prompt stands in for it. `regions`, `isolate`,
+        With true CFG and no `negative`, an empty prompt stands in for it. `guidance` may be a
+        guidance.Course over the run. `regions`, `isolate`,
         `cache` and `step_cache` as in stream.Controls; a step cache begins with each call.
         `solver` and `eta` as in sampling.advance; its noise follows from the seed. `start` (1, 128, h,
         w) is a picture's latent, of which the share `strength` is drawn anew (schedule.partial);
@@ -187,7 +188,7 @@ class Pipeline:
         check_names(pictures)
         steps = steps or self.variant.steps
         sigmas = schedule.partial(steps, strength, width=width, height=height)
-        embedded, scale = split(self.variant, guidance)
+        embedded, scale = over(self.variant, guidance, sigmas)
         grid = (height // latents.PIXELS, width // latents.PIXELS)
         prompts = [
             RegionPrompt(
@@ -198,7 +199,7 @@ class Pipeline:
         field = velocity(
             self.model,
             self.encode_text(resolve(prompt, pictures)),
-            negative=self.encode_text(negative or "") if scale != 1 else None,
+            negative=self.encode_text(negative or "") if scale != 1.0 else None,
             embedded=embedded,
             scale=scale,
             references=self.encode(pictures),

@@ -10,6 +10,7 @@ from PIL import Image
 from flux2_pack.flux2_core import configs, schedule
 from flux2_pack.flux2_core.autoencoder import AutoEncoder
 from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.guidance import Course
 from flux2_pack.flux2_core.pipeline import Pipeline
 from flux2_pack.flux2_core.references import Region
 from flux2_pack.flux2_core.solvers import SOLVERS
@@ -130,3 +131,17 @@ def test_refusals(pipe, photo):
         pipe("a", image=photo, strength=0.0)
     with pytest.raises(Flux2Error, match="mask is empty"):
         pipe("a", image=photo, mask=mask() * 0)
+
+
+@pytest.mark.parametrize("kind", ["none", "cfg", "embedded"])
+def test_guidance_over_the_run(kind):
+    """A flat course is the value itself, bit for bit; one that ends early is another picture."""
+    pipe, how = pipeline(kind), {"steps": 4, "seed": 2}
+    stock = pipe.sample("a red circle", guidance=3.0, **how)
+    assert torch.equal(pipe.sample("a red circle", guidance=Course(3.0), **how), stock)
+    flat = Course(3.0, "interval", low=1.0, start=0.0, end=1.0)
+    assert torch.equal(pipe.sample("a red circle", guidance=flat, **how), stock)
+    early = Course(3.0, "interval", low=1.0, start=0.0, end=0.5)
+    assert torch.equal(pipe.sample("a red circle", guidance=early, **how), stock) == (
+        kind == "none"
+    )
