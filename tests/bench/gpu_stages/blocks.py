@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import nn
 
 from gpu_stages.bench import Bench, Model, decibels
 
-from flux2_pack.flux2_core import kernels
+from flux2_pack.flux2_core import heads, kernels
 from flux2_pack.flux2_core.configs import TransformerConfig
 from flux2_pack.flux2_core.formats import encode
 from flux2_pack.flux2_core.kernels.reference import E4M3, E4M3_MAX, SMALLEST_AMAX
@@ -92,9 +93,12 @@ kernels.register("quantize_rows", "plain", -1, plain_quantize)  # only where it 
 def served(b: Bench, form: str) -> Iterator[None]:
     """Who serves while a form runs. A CPU has nothing but PyTorch, which is asked for by name:
     otherwise fp8 weights would be multiplied in bf16 there."""
-    names = {UNFUSED: "plain,torch" if b.cuda else "plain,eager", FUSED: "auto"}
-    wish = names.get(form, "auto")
-    with kernels.use("eager" if wish == "auto" and not b.cuda else wish):
+    if form == UNFUSED:
+        apart = mock.patch.object(heads, "_one_pass", lambda *_: False)  # norm and rope as stock
+        with apart, kernels.use("plain,torch" if b.cuda else "plain,eager"):
+            yield
+        return
+    with kernels.use("auto" if b.cuda or form == BF16 else "eager"):
         yield
 
 
@@ -254,17 +258,15 @@ def compiled(b: Bench) -> None:
         networks = forms(b, built(b, model))
         networks.pop("comfy-kitchen fp8", None)
         inputs = Inputs(b, model, 0)
-        calls = {}
         for form, network in networks.items():
             network.single_blocks[0].compile(backend="inductor" if b.cuda else "aot_eager")
-            some = within(b, form, inputs.single(network))
             try:
-                some[0]()
+                with served(b, form):  # around all: who serves is part of what is compiled
+                    seconds = b.seconds(inputs.single(network), RUNS)
             except Exception as error:
-                b.out.add(name, f"compiled {form} failed: {type(error).__name__}"[:200], 0, "")
+                what = f"{form} failed: {type(error).__name__}: {error}"
+                b.out.add(f"{name}, single, compiled", what[:200], 0, "")
                 continue
-            calls[form] = some
-        for form, seconds in b.each(calls, RUNS).items():
             b.out.add(f"{name}, single, compiled", form, seconds, "s")
 
 
