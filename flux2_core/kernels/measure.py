@@ -66,8 +66,8 @@ class Bench:
 
     def ours(self, op: str, accumulate: str, tile: Tile) -> Callable[[], Tensor]:
         if op == "fp8_weight_linear":
-            return lambda: gemm.weight_only(*self.operands, tile)
-        return lambda: gemm.fp8(*self.operands, tile, accumulate)
+            return lambda: gemm.weight_only(*self.operands, tile=tile)
+        return lambda: gemm.fp8(*self.operands, tile=tile, accumulate=accumulate)
 
 
 def on_card(device: torch.device) -> Callable[[Callable], float]:

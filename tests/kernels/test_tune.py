@@ -129,6 +129,6 @@ def test_candidates_run_and_are_right(op, accumulate):
 def test_a_wrong_result_is_no_candidate(monkeypatch):
     bench = measure.Bench(torch.device("cpu"), stopwatch)
     right = measure.gemm.fp8
-    monkeypatch.setattr(measure.gemm, "fp8", lambda *a: right(*a) * 1.02)
+    monkeypatch.setattr(measure.gemm, "fp8", lambda *a, **k: right(*a, **k) * 1.02)
     with pytest.raises(Flux2Error, match=r"off by 0\.02"):
         bench("fp8_linear", tune.Shape(48, 64, 128), "fp32", Tile(32, 32, 128, 4, 2))
