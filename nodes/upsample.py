@@ -5,7 +5,7 @@ import logging
 from ..flux2_core.protected import lost
 from ..flux2_core.references import resolve
 from ..flux2_core.upsample import CREATE, EDIT, TEMPERATURE
-from . import host_upsample
+from . import host_plan, host_upsample
 from .schema import References, Schema, io, ui
 
 AUTO = "auto"
@@ -123,7 +123,7 @@ class Flux2KitPromptUpsample(io.ComfyNode):
     ):  # fmt: skip
         wanted = resolve(text, references)
         if locked.strip():
-            return _shown(locked, about_lock(wanted, locked, len(references)))
+            return _shown(cls, locked, about_lock(wanted, locked, len(references)))
         source = host_upsample.source_of(writer, clip)
         options = {"task": "" if task == AUTO else task, "keep": if_refused == KEEP}
         options |= {"seed": seed, "temperature": temperature}
@@ -131,18 +131,20 @@ class Flux2KitPromptUpsample(io.ComfyNode):
         if lock_saved and not made.kept:
             lock(cls.hidden, made.text)
         blind = BLIND if references and not source.sees else ""
-        return _shown(made.text, [source.says, blind, *made.said])
+        return _shown(cls, made.text, [source.says, blind, *made.said])
 
 
 BLIND = "What writes does not see the references: it knows their numbers and names."
 
 
-def _shown(text: str, said) -> io.NodeOutput:
+def _shown(cls, text: str, said) -> io.NodeOutput:
     """Outputs, and on the node the prompt with what there is to say about it below."""
     report = "\n".join(sentence for sentence in said if sentence)
     for sentence in report.splitlines():
         log.info(sentence)
-    return io.NodeOutput(text, report, ui=ui.PreviewText(f"{text}\n\n{report}".strip()))
+    shown = f"{text}\n\n{report}".strip()
+    host_plan.show(cls.hidden, shown)
+    return io.NodeOutput(text, report, ui=ui.PreviewText(shown))
 
 
 def about_lock(text: str, locked: str, references: int) -> list[str]:
