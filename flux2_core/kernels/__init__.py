@@ -8,7 +8,7 @@ something faster; `use("reference")` and the environment's FLUX2_KERNELS choose.
 needs neither a GPU nor Triton.
 """
 
-from . import ops, producers, scaled  # noqa: F401 (ops defines, the others register)
+from . import eager, ops, producers, scaled  # noqa: F401 (they register what they compute)
 from .ops import (
     fp8_linear,
     fp8_weight_linear,

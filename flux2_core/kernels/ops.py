@@ -135,8 +135,9 @@ def _heads_fit(qkv, q_weight, k_weight, cos, sin, text, text_q_weight, text_k_we
     ok = ok and cos.shape == sin.shape == (rows, dim // 2)
     if text is None:
         return ok
-    given = text_q_weight is not None and text_k_weight is not None
-    ok = ok and given and text_q_weight.shape == text_k_weight.shape == (dim,)
+    if text_q_weight is None or text_k_weight is None:
+        return False
+    ok = ok and text_q_weight.shape == text_k_weight.shape == (dim,)
     return ok and text.ndim == 3 and text.shape[::2] == qkv.shape[::2] and text.dtype == qkv.dtype
 
 

@@ -177,7 +177,7 @@ def requantize_kernel(weight, scale, codes, n, scale_row, seed, BLOCK: tl.conste
     i = first + tl.arange(0, BLOCK)
     mask = i < n
     counter = (row * n + first) // 4 + tl.arange(0, BLOCK // 4)
-    r0, r1, r2, r3 = tl.randint4x(seed, counter)
+    r0, r1, r2, r3 = tl.randint4x(seed, counter)  # pyright: ignore
     random = tl.interleave(tl.interleave(r0, r2), tl.interleave(r1, r3))
     random = random.to(tl.int32, bitcast=True) & 0xFFFFF
     x = tl.load(weight + row * n + i, mask=mask, other=0.0).to(tl.float32)

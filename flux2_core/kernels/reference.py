@@ -149,9 +149,10 @@ def fp8_weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor
 # --------------------------------------------------------------------------- stochastic rounding
 
 
-def requantize(weight: Tensor, scale: Tensor, seed: int) -> Tensor:
+def requantize(weight: Tensor, scale: Tensor, seed: int, start: int = 0) -> Tensor:
     """weight (N, K), scale (N, 1) or () -> codes (N, K) of weight / scale, rounded at random to
-    one of the two codes around it, on average to the number itself.
+    one of the two codes around it, on average to the number itself. `start`, a multiple of 4: the
+    number of weight's first element in a larger matrix.
 
     The same codes on every device: the random bits are Philox 4x32-10, key `seed`, counter i // 4,
     word i % 4 for the element i, row by row. v = weight * (1 / scale), clamped to +-448; the 20
@@ -160,11 +161,11 @@ def requantize(weight: Tensor, scale: Tensor, seed: int) -> Tensor:
     v = weight.float() * (1 / scale.float().reshape(-1, 1))
     nan = v.isnan()
     size = v.abs().clamp_max(E4M3_MAX)
-    random = random_bits(weight.numel(), seed, weight.device).view(weight.shape) & 0xFFFFF
+    random = random_bits(weight.numel(), seed, weight.device, start).view(weight.shape) & 0xFFFFF
     # float32 minus e4m3: 20 bits of mantissa, 120 of the exponent's bias
     normal = ((size.view(torch.int32) + random) >> 20) - (120 << 3)
     # below 2^-6 the codes are multiples of 2^-9
-    tiny = ((size * 2.0**29).to(torch.int32) + random) >> 20
+    tiny = ((size.clamp_max(2.0**-6) * 2.0**29).to(torch.int32) + random) >> 20
     code = torch.where(size < 2.0**-6, tiny, normal).clamp_max(0x7E)
     code = torch.where(v.signbit(), code | 0x80, code)
     return torch.where(nan, E4M3_NAN, code).to(torch.uint8).view(E4M3)

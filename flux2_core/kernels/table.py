@@ -63,9 +63,9 @@ class Op:
     """One operation. Call it with a case's device, dtypes and widths, the number of rows, and the
     operation's own arguments."""
 
-    def __init__(self, name: str, typical: tuple):
+    def __init__(self, name: str):
         self.name = name
-        self.typical = typical  # dtypes, widths and rows that status() asks about before any call
+        self.typical: tuple = ()  # dtypes, widths, rows: what status() asks about before any call
         self.candidates: list[Candidate] = []
         self.chosen: dict[tuple, Candidate] = {}
         self.broken: dict[tuple[str, str], str] = {}  # (candidate, device) -> why
@@ -137,8 +137,10 @@ OPS: dict[str, Op] = {}
 
 
 def operation(name: str, dtypes: tuple, widths: tuple, rows: int) -> Op:
-    """A new operation, and a typical case of it."""
-    return OPS.setdefault(name, Op(name, (dtypes, widths, rows)))
+    """An operation, and a typical case of it."""
+    op = OPS.setdefault(name, Op(name))
+    op.typical = (dtypes, widths, rows)
+    return op
 
 
 def register(
@@ -150,7 +152,7 @@ def register(
 ) -> None:
     """Add an implementation of `op`; one of the same name is replaced. The higher the priority,
     the earlier it is asked. The eager definition has 0, its fast form 10."""
-    table = OPS[op]
+    table = OPS.setdefault(op, Op(op))
     table.candidates = [c for c in table.candidates if c.name != name]
     table.candidates.append(Candidate(name, priority, refuses, call))
     table.chosen.clear()
@@ -249,7 +251,8 @@ def architecture(device: torch.device) -> str:
 
 
 def _case(key: tuple) -> Case:
-    return Case(*key[:3], 1 << key[3])
+    device, dtypes, widths, rows = key
+    return Case(device, dtypes, widths, 1 << rows)
 
 
 def _first_line(error: Exception) -> str:
