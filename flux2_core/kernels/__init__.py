@@ -9,6 +9,7 @@ needs neither a GPU nor Triton.
 """
 
 from . import eager, ops, producers, scaled  # noqa: F401 (they register what they compute)
+from .blocks import int8_linear, mxfp8_linear, nvfp4_linear
 from .ops import (
     fp8_linear,
     fp8_weight_linear,
@@ -26,7 +27,10 @@ __all__ = [
     "fp8_linear",
     "fp8_weight_linear",
     "gated_modulate_quantize",
+    "int8_linear",
     "modulate_quantize",
+    "mxfp8_linear",
+    "nvfp4_linear",
     "qk_norm_rope",
     "quantize_rows",
     "register",

@@ -33,7 +33,7 @@ def scaled_mm(
     """codes (M, K) by weight (N, K), as `reference.fp8_linear`. On CUDA K and N are multiples of
     16; rows are padded to such a multiple here."""
     rows = codes.shape[0]
-    a, scale_a = _padded(codes, -rows % 16), _padded(scale.float(), -rows % 16)
+    a, scale_a = padded(codes, -rows % 16), padded(scale.float(), -rows % 16)
     b = weight if weight.stride() == (weight.shape[1], 1) else weight.contiguous()
     scale_b = row_scales(weight_scale, weight.shape[0]).reshape(1, -1)
     return _product(a, b.T, scale_a, scale_b, dtype)[:rows]
@@ -45,7 +45,7 @@ def row_scales(scale: Tensor, rows: int) -> Tensor:
     return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
 
 
-def _padded(x: Tensor, more: int) -> Tensor:
+def padded(x: Tensor, more: int) -> Tensor:
     """x (R, C) in one piece, with `more` rows of zeros."""
     if not more:
         return x.contiguous()
