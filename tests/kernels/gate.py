@@ -35,7 +35,7 @@ SASS = {
     "spills": r"\b(?:LDL|STL)\b",
     "wide loads": r"\b(?:LDG|LDGSTS)\.[\w.]*128|\bUTMALDG",
 }
-MATRIX = r"\b(?:[A-Z]*MMA)[\w.]*"  # every tensor-core instruction, with its suffixes
+MATRIX = r"\b(?:[A-Z]+MMA)[\w.]*"  # every tensor-core instruction, with its suffixes
 PTX = ("div.full", ".ftz", "max.NaN")
 
 
