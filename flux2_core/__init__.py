@@ -11,6 +11,7 @@ from .autoencoder import AutoEncoder
 from .checkpoint import load_autoencoder, load_text_encoder, load_transformer
 from .configs import VARIANTS, AutoEncoderConfig, TextEncoderConfig, TransformerConfig, Variant
 from .errors import Flux2Error
+from .generate_files import load_writer
 from .kv_cache import ReferenceCache
 from .paused import PausedState
 from .pipeline import Paths, Pipeline
@@ -50,6 +51,7 @@ __all__ = [
     "load_autoencoder",
     "load_text_encoder",
     "load_transformer",
+    "load_writer",
     "positions",
     "quantize",
     "schedule",

@@ -48,15 +48,25 @@ class RestConfig:
 
 
 def rest_of(path: str | Path) -> RestConfig:
+    """`rest_in` of a file, a folder or an index of shards."""
+    checkpoint = open_checkpoint(locate(path, "text_encoder"), "text_encoder")
+    return rest_in(checkpoint, text_encoder_config(path))
+
+
+def ability(checkpoint: Checkpoint, config: TextEncoderConfig) -> str:
+    """Whether a text encoder's file can write prompts and see references, in a sentence."""
+    try:
+        found = rest_in(checkpoint, config)
+    except Flux2Error as error:
+        return f"Reads prompts, and cannot write them: {error.seen}."
+    return f"Reads and writes prompts; {'sees' if found.vision else 'does not see'} references."
+
+
+def rest_in(checkpoint: Checkpoint, config: TextEncoderConfig) -> RestConfig:
     """What a file has besides the text encoder, from its header alone.
 
-    Raises Flux2Error, in one sentence, for a file that cannot write.
+    Raises Flux2Error that says what is missing, for a file that cannot write.
     """
-    checkpoint = open_checkpoint(locate(path, "text_encoder"), "text_encoder")
-    return _rest(checkpoint, text_encoder_config(path))
-
-
-def _rest(checkpoint: Checkpoint, config: TextEncoderConfig) -> RestConfig:
     file = checkpoint.path.name
     if config.template not in CHATS:
         raise Flux2Error(f"{file} cannot write text", "it was trained to read only", ELSEWHERE)
@@ -114,7 +124,7 @@ def read_rest(
 ) -> tuple[dict[str, Tensor | Packed], RestConfig]:
     """-> weights under `Rest`'s names, mapped from the file and complete, and what they make."""
     checkpoint = open_checkpoint(locate(path, "text_encoder"), "text_encoder")
-    found = _rest(checkpoint, config)
+    found = rest_in(checkpoint, config)
     state = checkpoint.load(found.names)
     if checkpoint.metadata.get("general.architecture") in files_gguf.ROTATED:
         for name in (n for n in state if n.endswith(("q_proj.weight", "k_proj.weight"))):

@@ -12,6 +12,7 @@ from .configs import TEXT_ENCODERS, VARIANTS, TransformerConfig, Variant, detect
 from .errors import Flux2Error
 from .files import BITS, Checkpoint, Entry, open_checkpoint
 from .formats_gguf import TYPES
+from .generate_files import ability
 from .keymaps import SPELLINGS, TRANSFORMER, match
 from .lora_names import split
 from .transformer import encoder_for
@@ -177,6 +178,7 @@ def _text(checkpoint: Checkpoint, tensors: Mapping[str, Entry]) -> Info:
         f"{checkpoint.path.name}: {encoder_for(config.context_dim)}.",
         f"{size / 1e9:.2f} GB, {', '.join(sorted(forms))}; {config.layers} of its layers are read.",
         f"Goes with: {', '.join(goes) or 'no released model'}.",
+        ability(checkpoint, config),
     )
     return Info("text encoder", lines, bytes=size)
 

@@ -5,6 +5,7 @@ parts: host_model.py and host_rope.py (the transformer), host_objects.py (MODEL,
 host_sampling.py (guider, noise, progress), host_preview.py.
 """
 
+import re
 from pathlib import Path
 
 import folder_paths
@@ -17,16 +18,22 @@ from ..flux2_core.transformer import encoder_for
 
 NANOS = {v.label: v.name for v in VARIANTS.values() if v.text_encoder == "nano"}
 NANO = VARIANTS["nano"].label
+INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 NANO_FILE = str(NANO_FILES["transformer"])
 
 
 def files(folder: str) -> list[str]:
-    """The safetensors files of one of the host's model folders; GGUF files too where they
-    may be, which the host's own list leaves out."""
+    """The safetensors files of one of the host's model folders; where they may be, GGUF files and
+    indices of shards too, which the host's own list leaves out. An index stands for its shards."""
     names = [n for n in folder_paths.get_filename_list(folder) if n.endswith(".safetensors")]
     if folder in ("diffusion_models", "text_encoders"):
         found = (folder_paths.recursive_search(p)[0] for p in folder_paths.get_folder_paths(folder))
-        names += sorted({name for some in found for name in some if name.endswith(GGUF)})
+        every = sorted({name for some in found for name in some})
+        names += [name for name in every if name.endswith(GGUF)]
+        whole = [name for name in every if name.endswith(INDEX)]
+        starts = tuple(name.removesuffix(INDEX) + "-" for name in whole)
+        names = [n for n in names if not (SHARD.search(n) and n.startswith(starts))] + whole
     return names
 
 

@@ -13,7 +13,8 @@ from flux2_pack.flux2_core.configs import MISTRAL3_24B, NANO_TEXT, QWEN3_4B, QWE
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.files import Checkpoint, Entry
 from flux2_pack.flux2_core.generate import CHATS, choose, continue_text
-from flux2_pack.flux2_core.generate_files import _rest, load_writer, rest_of
+from flux2_pack.flux2_core.generate_files import ability, load_writer, rest_in, rest_of
+from flux2_pack.flux2_core.info import describe
 from flux2_pack.flux2_core.text_encoder import TextEncoder
 from flux2_pack.flux2_core.vision_tower import pixels_of, place_of
 from flux2_pack.tests.core import toy_language
@@ -238,7 +239,27 @@ def entries(config, layers: int, *more: str) -> Checkpoint:
 )
 def test_cut_files_say_so(config, layers, more, says):
     with pytest.raises(Flux2Error, match=f"text.safetensors cannot write text.*{says}.*endpoint"):
-        _rest(entries(config, layers, *more), config)
+        rest_in(entries(config, layers, *more), config)
+
+
+def test_what_a_file_can_do_is_said_in_a_sentence(tmp_path):
+    """As FLUX.2 Checkpoint Info shows it."""
+    whole = toy_language.write(toy_language.mistral(), "mistral", tmp_path / "m.safetensors")
+    assert "Reads and writes prompts; sees references." in describe(whole).lines
+    cut = ability(entries(MISTRAL3_24B, 30), MISTRAL3_24B)
+    assert cut.startswith("Reads prompts, and cannot write them: 30 of its 40 layers are in it")
+    assert "does not see" in ability(entries(QWEN3_4B, 36, "model.norm.weight"), QWEN3_4B)
+
+
+def test_shards_write(tmp_path):
+    """A published folder: an index, shards, tokenizer.json beside them."""
+    model = toy_language.mistral()
+    model.save_pretrained(tmp_path, max_shard_size="400KB")
+    (tmp_path / "tokenizer.json").write_text(toy_language.tokenizer_json("mistral"))
+    index = tmp_path / "model.safetensors.index.json"
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    writer = load_writer(index)
+    assert writer.sees and torch.equal(writer.rest.lm_head.weight, model.lm_head.weight)
 
 
 @pytest.mark.parametrize(
@@ -250,5 +271,5 @@ def test_cut_files_say_so(config, layers, more, says):
     ],
 )
 def test_whole_files_write(config, layers, more, above):
-    found = _rest(entries(config, layers, *more), config)
+    found = rest_in(entries(config, layers, *more), config)
     assert found.layers == above and len(found.names) == 2 + above * (11 if config.qk_norm else 9)

@@ -113,6 +113,21 @@ def test_what_is_lost_stops_the_run_or_is_said(host, files):
     assert "Your prompt is used as it is" in made.outputs["up"]["text"][0]
 
 
+def test_a_folder_of_shards_is_one_choice(host, files):
+    """As publishers ship Mistral-3 whole: the index is listed, its shards are not."""
+    from flux2_pack.nodes import host as adapter
+
+    folder = files["mistral"].parent / "toy-shards"
+    toy_language.mistral().save_pretrained(folder, max_shard_size="400KB")
+    (folder / "tokenizer.json").write_text(toy_language.tokenizer_json("mistral"))
+    listed = [name for name in adapter.files("text_encoders") if "toy-shards" in name]
+    assert [name.replace("\\", "/") for name in listed] == [
+        "toy-shards/model.safetensors.index.json"
+    ]
+    prompt = graph("a cat", listed[0], references=1, if_refused="keep my prompt")
+    assert "does not see" not in run(host, prompt)[1]
+
+
 def test_a_cut_file_is_refused_before_anything_is_loaded(host, files, monkeypatch):
     from flux2_pack.nodes import host_upsample
 
