@@ -9,6 +9,7 @@ from .grid import Flux2KitGrid
 from .hosted import Flux2KitHosted, Flux2KitHostedCost
 from .info import Flux2KitCheckpointInfo
 from .inpaint import Flux2KitInpaint, Flux2KitOutpaint
+from .kernels import Flux2KitKernelStatus
 from .latents import Flux2KitEmptyLatent, Flux2KitVAEDecode, Flux2KitVAEEncode
 from .loaders import (
     Flux2KitLoader,
@@ -41,6 +42,7 @@ NODES = [
     Flux2KitTextEncoderLoader,
     Flux2KitLoRA,
     Flux2KitCheckpointInfo,
+    Flux2KitKernelStatus,
     Flux2KitSaveQuantized,
     Flux2KitPromptBuilder,
     Flux2KitPromptUpsample,
