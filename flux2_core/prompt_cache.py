@@ -31,7 +31,7 @@ from .tokenizer import PromptTokenizer
 KEY, VERSION = "flux2_kit_prompt", 1
 MOST_BYTES = 2 << 30  # some 130 prompts of dev, 270 of klein 4B
 WHOLE = 1 << 20  # bytes: weights up to this size are read in full
-BLOCK, BLOCKS = 4096, 64  # bytes of a larger weight that are read, evenly spread, its end included
+BLOCK, BLOCKS = 4096, 16  # bytes of a larger weight that are read, evenly spread, its end included
 HEADER = 1 << 16  # bytes: more than any header of ours
 ABANDONED = 3600  # seconds after which a half-written file has no writer any more
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")

@@ -94,10 +94,9 @@ def _fit(text: str, variant: Variant) -> list[str]:
             return [
                 "klein was trained on prose: JSON works, sentences of 40 to 70 words work better."
             ]
-        if words < 12:
-            return [
-                f"{words} words: klein draws more of what you mean with 40 to 70 words of prose."
-            ]
+        if words < 12 and not NUMBER.search(text):  # edits are short
+            many = "1 word" if words == 1 else f"{words} words"
+            return [f"{many}: klein draws more of what you mean with 40 to 70 words of prose."]
     if words > 300:
         return [f"{words} words: after about 300 words single details get lost."]
     return []

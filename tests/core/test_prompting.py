@@ -193,6 +193,7 @@ def test_advice_for_the_model_at_hand():
     assert advice(short, VARIANTS["nano"]) == []
     assert "klein was trained on prose" in advice('{"scene": "a bay"}', VARIANTS["klein-9b"])[0]
     assert "nano does not know: car." in advice('A red car, "open".', VARIANTS["nano"])[0]
+    assert advice("image 1 with a blue car", VARIANTS["klein-4b"]) == []  # an edit is short
     long = "word " * 301
     for name in ("dev", "klein-4b"):
         assert "301 words" in advice(long, VARIANTS[name])[0]

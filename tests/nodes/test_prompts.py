@@ -3,9 +3,13 @@
 import json
 import logging
 import random
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flux2_pack.flux2_core import configs
 from flux2_pack.flux2_core.errors import Flux2Error
@@ -161,6 +165,32 @@ def test_released_weights_are_the_files_again(host, folder):
     for name, weight in encoder.named_parameters():
         assert weight.data_ptr() == stored[name].data_ptr(), name
     assert torch.equal(rows(host, clip), wanted)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's account of memory")
+def test_an_encoder_that_is_not_used_stays_in_its_file(host, folder, tmp_path):
+    """56 MB of weights: loaded, and its prompt from the cache, they take no memory of their own."""
+    from flux2_pack.flux2_core.text_encoder import TextEncoder
+    from flux2_pack.flux2_core.tokenizer import nano_tokenizer
+    from flux2_pack.nodes import host_text
+
+    config = replace(configs.NANO_TEXT, intermediate_size=12 * 1024)
+    file, tokenizer = tmp_path / "encoder.safetensors", nano_tokenizer()
+    save_file(toy.weights(TextEncoder(config)), file)
+
+    def load():
+        return kept(host, host_text.build_clip(config, load_file(file), tokenizer, (None, ())))
+
+    def own():
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) / 1000
+
+    first = load()  # alive, so that its memory does not come back meanwhile
+    wanted = rows(host, first)
+    before = own()
+    clip = load()
+    assert torch.equal(rows(host, clip), wanted)
+    assert own() - before < 10  # MB, observed 0.1; a copy of the weights takes 52
 
 
 # ----------------------------------------------------------------------------------------- batches
