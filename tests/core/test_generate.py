@@ -4,17 +4,22 @@ Errors are max |a - b| / std(b) in float32.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from flux2_pack.flux2_core.configs import MISTRAL3_24B, NANO_TEXT, QWEN3_4B, QWEN3_8B
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.files import Checkpoint, Entry
+from flux2_pack.flux2_core.formats import encode
 from flux2_pack.flux2_core.generate import CHATS, choose, continue_text
 from flux2_pack.flux2_core.generate_files import ability, load_writer, rest_in, rest_of
 from flux2_pack.flux2_core.info import describe
+from flux2_pack.flux2_core.keymaps import LLAMA_CPP, match
+from flux2_pack.flux2_core.quantised import QuantLinear
 from flux2_pack.flux2_core.text_encoder import TextEncoder
 from flux2_pack.flux2_core.vision_tower import pixels_of, place_of
 from flux2_pack.tests.core import toy_language
@@ -213,6 +218,70 @@ def test_half_precision_files_write(tmp_path):
     assert writer.write("", "a cat", PICTURES, limit=4)[0]
 
 
+LINEARS = ("_proj.weight", "lm_head.weight")
+
+
+def logits_of(writer):
+    return writer.logits(list(writer.prompts.tokenize("a red circle")))
+
+
+@pytest.mark.parametrize("form", ["float8_e4m3fn", "int8_tensorwise"])
+def test_quantised_files_write(tmp_path, form):
+    """The upper layers and the head are read in the file's own format, layer by layer."""
+    model = toy_language.qwen(tied=False)
+    state, decoded = {}, {}
+    for name, tensor in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if not name.endswith(LINEARS):
+            state[name] = decoded[name] = tensor.clone()
+            continue
+        packed = encode(tensor, form)
+        state |= {f"{layer}.{part}": codes for part, codes in packed.parts.items()}
+        decoded[name] = packed.decode()
+    found = []
+    for i, tensors in enumerate((state, decoded)):
+        path = tmp_path / f"{i}.safetensors"
+        save_file(tensors, path, {"tokenizer_json": toy_language.tokenizer_json("qwen")})
+        found.append(load_writer(path, dtype=torch.float32))
+    assert isinstance(found[0].rest.lm_head, QuantLinear)
+    a, b = map(logits_of, found)
+    assert (a - b).abs().max() / b.std() < CLOSE  # observed 4.9e-7
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_files_write(tmp_path, tied):
+    """llama.cpp's names and its order of rows, above the encoder as in it; its `output`, or none."""
+    gguf = pytest.importorskip("gguf", reason="pip install gguf")
+    model, family = (toy_language.qwen(), "qwen3") if tied else (toy_language.mistral(), "llama")
+    config = model.config.get_text_config()
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    writer = gguf.GGUFWriter(tmp_path / "text.gguf", family)
+    for name, tensor in model.state_dict().items():
+        name = name.replace("language_model.", "")
+        if "vision" in name or "multi_modal" in name or (tied and "lm_head" in name):
+            continue
+        count = heads.get(name.split(".")[-2]) if family == "llama" else None
+        if count:
+            tensor = tensor.reshape(count, 2, -1, tensor.shape[1]).swapaxes(1, 2).flatten(0, 2)
+        writer.add_tensor(llama_cpp(name), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    kind = "qwen" if tied else "mistral"
+    (tmp_path / "tokenizer.json").write_text(toy_language.tokenizer_json(kind))
+    found = logits_of(load_writer(tmp_path / "text.gguf"))
+    plain = logits_of(load_writer(toy_language.write(model, kind, tmp_path / "plain.safetensors")))
+    assert (found - plain).abs().max() / plain.std() < CLOSE  # observed 5.4e-7: other alignment
+
+
+def llama_cpp(name: str) -> str:
+    if name == "lm_head.weight":
+        return "output.weight"
+    rule, fields = match(LLAMA_CPP, name.removeprefix("model."), 0)
+    return rule.diffusers.format(**fields)
+
+
 def entries(config, layers: int, *more: str) -> Checkpoint:
     """The header of a file with so many layers, and tensors of these names besides."""
     config = replace(config, layers_out=(1, 2, layers))
@@ -220,8 +289,6 @@ def entries(config, layers: int, *more: str) -> Checkpoint:
         shapes = {name: tuple(t.shape) for name, t in TextEncoder(config).state_dict().items()}
     shapes |= dict.fromkeys(more, (config.hidden_size,))
     tensors = {name: Entry("BF16", shape) for name, shape in shapes.items()}
-    from pathlib import Path
-
     path = Path("text.safetensors")
     return Checkpoint(path, tensors, {}, dict.fromkeys(tensors, path))
 
