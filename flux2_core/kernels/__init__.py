@@ -10,6 +10,7 @@ needs neither a GPU nor Triton.
 
 from . import eager, ops, producers, scaled  # noqa: F401 (they register what they compute)
 from .blocks import int8_linear, mxfp8_linear, nvfp4_linear
+from .fused import fp8_linear_fused
 from .ops import (
     fp8_linear,
     fp8_weight_linear,
@@ -25,6 +26,7 @@ from .table import Case, register, status, use
 __all__ = [
     "Case",
     "fp8_linear",
+    "fp8_linear_fused",
     "fp8_weight_linear",
     "gated_modulate_quantize",
     "int8_linear",

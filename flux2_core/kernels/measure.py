@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import Flux2Error
-from . import gemm, scaled
+from . import fused, gemm, scaled
 from .reference import quantize_rows
 from .tiles import Tile
 from .tune import Shape
 
 RUNS, WARM_UP = 20, 3
+RANK = 16  # of the LoRA that the fused product is measured with
 FLUSH = 256 << 20  # bytes, more than any card's cache
 # Two results rounded to bfloat16 differ by 2.4e-3, Hopper's fast sums by up to 4e-3 more.
 TOLERANCE = 8e-3
@@ -57,16 +58,29 @@ class Bench:
             top = gemm.ACTIVATION_MAX[depth]
             codes, scale = (codes.float() * (top / 448)).to(codes.dtype), scale * (448 / top)
             weight_scale = weight_scale * gemm.REBASE
+        if op == "fp8_linear_fused":
+            sizes = (
+                (shape.rows, shape.columns), (shape.columns,),
+                (shape.rows, RANK), (shape.columns, RANK),
+            )  # fmt: skip
+            parts = [torch.randn(s, device=self.device, dtype=torch.bfloat16) for s in sizes]
+            return codes, scale, weight, weight_scale, *parts
         return codes, scale, weight, weight_scale
 
     def next_best(self, op: str) -> Callable[[], Tensor]:
         if op == "fp8_weight_linear":
             return lambda: scaled.decoded_weight_linear(*self.operands)
+        if op == "fp8_linear_fused":
+            return lambda: fused.fp8_linear_fused_eager(*self.operands)
         return lambda: scaled.scaled_mm(*self.operands)
 
     def ours(self, op: str, accumulate: str, tile: Tile) -> Callable[[], Tensor]:
         if op == "fp8_weight_linear":
             return lambda: gemm.weight_only(*self.operands, tile=tile)
+        if op == "fp8_linear_fused":
+            *product, residual, gate, low, up = self.operands
+            parts = gemm.Epilogue(residual, gate, low, up)
+            return lambda: gemm.fp8(*product, tile=tile, accumulate=accumulate, epilogue=parts)
         return lambda: gemm.fp8(*self.operands, tile=tile, accumulate=accumulate)
 
 

@@ -154,12 +154,13 @@ def _has_triton() -> bool:
     return True
 
 
-def _refuses_own(op: str, case: Case) -> str | None:
+def refuses_own(op: str, case: Case) -> str | None:
+    """Why a kernel of ours does not serve a case of an operation that `tune` measures, or None."""
     if not case.arch.startswith("sm_"):
         return "our kernels are for NVIDIA cards"
     if not _has_triton():
         return "Triton is not installed"
-    columns, depth, _ = case.widths
+    columns, depth = case.widths[:2]
     found = tune.found(op, case.device, case.rows, columns, depth)
     if found is None:
         return "not measured on this card: run python3 dev.py bench tune"
@@ -188,12 +189,12 @@ def _own_weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tenso
 
 
 def _refuses_own_fp8(case: Case) -> str | None:
-    return _refuses_own("fp8_linear", case)
+    return refuses_own("fp8_linear", case)
 
 
 def _refuses_own_weight(case: Case) -> str | None:
     wrong = "it takes bfloat16 alone" if case.dtypes[0] != BF16 else None
-    return wrong or _refuses_own("fp8_weight_linear", case)
+    return wrong or refuses_own("fp8_weight_linear", case)
 
 
 register("fp8_linear", "triton", 60, _own_fp8_linear, _refuses_own_fp8)

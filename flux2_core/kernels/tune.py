@@ -28,7 +28,8 @@ WORTH = 1.1  # times the speed of the next best, below which our kernel stays of
 # operation -> how its kernel may accumulate
 FORMS = {
     "fp8_linear": ("block", "fp32"),
-    "fp8_linear_narrow": ("fp16",),
+    "fp8_linear_fused": ("block", "fp32"),
+    "fp8_linear_narrow": ("fp16",),  # fp8_linear_fused with `narrow`
     "fp8_weight_linear": ("weight",),
 }
 
