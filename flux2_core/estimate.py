@@ -129,7 +129,7 @@ def activation_bytes(
     if r.keys > r.own:
         # With a cache, attention itself can be the peak: the output a second time, as rows, and
         # all keys and values in one piece beside their sources. The tables are a part of the whole.
-        joined = batch * (r.own * (until + 2) + 2 * r.keys) + decoded * 2 * (r.keys - r.own)
+        joined = batch * (r.own * (until + 1) + 2 * r.keys) + decoded * 2 * (r.keys - r.own)
         widths = max(widths, joined)
         tables += r.own
     vectors = 16 * (2 if r.isolated else 1)

@@ -5,7 +5,7 @@ A layer that takes them has `takes_codes(x)` and `from_codes(codes, scale, x)`. 
 every case that the fused passes do not cover, is computed as the stock blocks do, bit for bit.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,29 +58,45 @@ def takes_codes(layer: Any, x: Tensor) -> bool:
     return asked is not None and asked(x)
 
 
-def modulated(layer: Any, mod: Modulation, x: Tensor) -> Tensor:
-    """layer((1 + scale) LayerNorm(x) + shift)."""
+class Codes(NamedTuple):
+    """Activations as codes (B L, h) with a scale for each row; `like` has their shape and dtype."""
+
+    codes: Tensor
+    scale: Tensor
+    like: Tensor
+
+
+def applied(layer: Any, x: "Tensor | Codes") -> Tensor:
+    """layer(x), whichever x is."""
+    return layer.from_codes(*x) if isinstance(x, Codes) else layer(x)
+
+
+def modulated(layer: Any, mod: Modulation, x: Tensor) -> "Tensor | Codes":
+    """(1 + scale) LayerNorm(x) + shift, as `layer` takes it."""
     if not _plain(mod, x) or not takes_codes(layer, x):
-        return layer(mod.modulate(x))
-    return layer.from_codes(*kernels.modulate_quantize(x, mod.shift, mod.scale), x)
+        return mod.modulate(x)
+    codes, scale = kernels.modulate_quantize(x, mod.shift, mod.scale)
+    return Codes(codes, scale, x)
 
 
 def added(
     layer: Any, first: Modulation, second: Modulation, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """x' = x + gate y by the first set -> x', layer((1 + scale) LayerNorm(x') + shift) by the second."""
+) -> "tuple[Tensor, Tensor | Codes]":
+    """x' = x + gate y by the first set -> x', and `modulated` of it by the second."""
     if not (_plain(first, x) and _plain(second, x)) or not takes_codes(layer, x):
         x = first.add(x, y)
-        return x, layer(second.modulate(x))
-    x, *codes = kernels.gated_modulate_quantize(x, y, first.gate, second.shift, second.scale)
-    return x, layer.from_codes(*codes, x)
+        return x, second.modulate(x)
+    modulation = second.shift, second.scale
+    x, codes, scale = kernels.gated_modulate_quantize(x, y, first.gate, *modulation)
+    return x, Codes(codes, scale, x)
 
 
 def activated(layer: Any, hidden: Tensor, attention: Tensor | None = None) -> Tensor:
     """layer([attention, SwiGLU(hidden)]); hidden (B, L, 2n), attention (B, L, m) or none."""
     if not takes_codes(layer, hidden):
-        y = swiglu(hidden)
-        return layer(y if attention is None else torch.cat((attention, y), -1))
+        if attention is None:
+            return layer(swiglu(hidden))
+        return layer(torch.cat((attention, swiglu(hidden)), -1))
     beside = None if attention is None else attention.flatten(0, 1)
     return layer.from_codes(*kernels.swiglu_quantize(hidden.flatten(0, 1), beside), hidden)
 

@@ -38,9 +38,11 @@ def turned_heads(
         return kernels.qk_norm_rope(qkv, *weights[:2], *rope, *more)
     q, k, v = _normal(qkv, norm, heads)
     if text is not None and text_norm is not None:
-        pairs = zip(_normal(text, text_norm, heads), (q, k, v), strict=True)
-        q, k, v = (torch.cat(pair, 2) for pair in pairs)
-    return rotate(q, *rope), rotate(k, *rope), v
+        before = _normal(text, text_norm, heads)
+        q, k, v = (torch.cat(pair, 2) for pair in zip(before, (q, k, v), strict=True))
+    k = rotate(k, *rope)  # one after the other: what is turned is let go
+    q = rotate(q, *rope)
+    return q, k, v
 
 
 def _normal(qkv: Tensor, norm: QKNorm, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import attend
 from .configs import TransformerConfig, Variant
 from .errors import Flux2Error
-from .fp8 import activated, added, modulated
+from .fp8 import Codes, activated, added, applied, modulated
 from .heads import turned_heads
 from .kv_cache import Kept, Recorder
 from .latents import grid
@@ -57,10 +57,8 @@ def mlp(hidden: int, ratio: int, ops, **kw) -> nn.ModuleDict:
     )
 
 
-def feed_forward(layers: nn.ModuleDict, first: Modulation, second: Modulation, x, y) -> Tensor:
-    """x' = x + gate y by the first set -> x' plus the feed-forward's result by the second."""
-    x, hidden = added(layers["0"], first, second, x, y)
-    return second.add(x, activated(layers["2"], hidden))
+def feed_forward(layers: nn.ModuleDict, x: Tensor | Codes) -> Tensor:
+    return activated(layers["2"], applied(layers["0"], x))
 
 
 class DoubleBlock(nn.Module):
@@ -78,12 +76,17 @@ class DoubleBlock(nn.Module):
         img1, img2 = img_mod
         txt1, txt2 = txt_mod
         text, picture = self.txt_attn, self.img_attn
-        qkv, txt_qkv = modulated(picture.qkv, img1, img), modulated(text.qkv, txt1, txt)
-        out = attend(*turned_heads(qkv, picture.norm, picture.heads, rope, txt_qkv, text.norm))
+        heads = turned_heads(
+            applied(picture.qkv, modulated(picture.qkv, img1, img)), picture.norm, picture.heads,
+            rope, applied(text.qkv, modulated(text.qkv, txt1, txt)), text.norm,
+        )  # fmt: skip
+        out = attend(*heads)
         txt_out, img_out = map(own_rows, out.split((txt.shape[1], img.shape[1]), 1))
 
-        img = feed_forward(self.img_mlp, img1, img2, img, self.img_attn.proj(img_out))
-        txt = feed_forward(self.txt_mlp, txt1, txt2, txt, self.txt_attn.proj(txt_out))
+        img, ready = added(self.img_mlp["0"], img1, img2, img, picture.proj(img_out))
+        img = img2.add(img, feed_forward(self.img_mlp, ready))
+        txt, ready = added(self.txt_mlp["0"], txt1, txt2, txt, text.proj(txt_out))
+        txt = txt2.add(txt, feed_forward(self.txt_mlp, ready))
         return img, txt
 
 
@@ -102,7 +105,8 @@ class SingleBlock(nn.Module):
         self, x: Tensor, mod: Modulation, rope, attend=attend, rows: slice | None = None
     ) -> Tensor:
         """x (B, T, h) -> the same, or only `rows` of it: keys and values always come from all rows."""
-        qkv, hidden = modulated(self.linear1, mod, x).split(self.split, -1)
+        made = applied(self.linear1, modulated(self.linear1, mod, x))
+        qkv, hidden = made.split(self.split, -1)
         q, k, v = turned_heads(qkv, self.norm, self.heads, rope)
         if rows is not None:
             x, q, hidden, mod = x[:, rows], q[:, :, rows], hidden[:, rows], mod.head()
