@@ -44,11 +44,11 @@ def rel(y, wanted) -> float:
 
 @pytest.mark.parametrize("parts", PARTS)
 def test_definition_and_steps(parts):
-    """Rounded once: 1.66e-3 is the floor. Step after step seen: up to 4.4e-3."""
+    """Rounded once: 1.66e-3 is the floor. Step after step seen: up to 2.9e-3."""
     wanted, args = operands(parts)
     assert rel(fused.fp8_linear_fused_reference(**args), wanted) <= 2.0e-3
-    assert rel(fused.fp8_linear_fused_eager(**args), wanted) <= 5e-3
-    assert rel(kernels.fp8_linear_fused(**args), wanted) <= 5e-3
+    assert rel(fused.fp8_linear_fused_eager(**args), wanted) <= 3.5e-3
+    assert rel(kernels.fp8_linear_fused(**args), wanted) <= 3.5e-3
 
 
 @pytest.mark.interpreted

@@ -67,7 +67,7 @@ def test_product(form, size):
 @interpreted
 @pytest.mark.parametrize("form", FORMS)
 def test_product_in_float32(form):
-    """Seen: 6e-8; in float16 slices 2.4e-4, a rounding for each slice."""
+    """Seen: 4e-8; in float16 slices 2.0e-4, a rounding for each slice."""
     a, sa, b, sb = operands(33, 80, 160, form)
     y = gemm.fp8(a, sa, b, sb, SMALL, form, torch.float32)
     assert rel(y, exact(a, sa, b, sb)) <= (5e-4 if form == "fp16" else 1e-6)
@@ -113,7 +113,8 @@ def test_epilogue(parts, rank):
 @interpreted
 @pytest.mark.parametrize("form", FORMS)
 def test_linear_keeps_28_decibels(form):
-    """A linear layer from end to end, against float64 without quantisation. Seen: 28.6 dB."""
+    """A linear layer from end to end, against float64 without quantisation. Seen: 28.4
+    to 28.6 dB."""
     draw = torch.Generator().manual_seed(3)
     x = torch.randn(64, 1024, generator=draw).to(BF16)
     w = torch.randn(64, 1024, generator=draw) * 0.02
@@ -182,7 +183,7 @@ def test_float16_slices_cost_next_to_nothing(depth):
 @interpreted
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_weight_only(size):
-    """Seen: 1.7e-3, the rounding to bfloat16."""
+    """Seen: up to 1.9e-3 (one row), the rounding to bfloat16."""
     m, n, k = size
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(5)).to(BF16)
     b, sb = quantised(n, k, seed=1)

@@ -42,7 +42,7 @@ def test_scaled_mm(size, one_scale):
 
 
 def test_scaled_mm_keeps_28_decibels():
-    """Seen: 28.6 dB for Gaussian numbers, from end to end."""
+    """Seen: 28.5 dB for Gaussian numbers, from end to end."""
     draw = torch.Generator().manual_seed(0)
     x, w = torch.randn(64, 3072, generator=draw), torch.randn(64, 3072, generator=draw)
     y = scaled.scaled_mm(*reference.quantize_rows(x), *reference.quantize_rows(w))
@@ -103,7 +103,7 @@ def test_decoded_linear(size, one_scale):
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
 def test_decoded_weight_linear(dtype):
-    """Seen: bfloat16 2.4e-3, float16 3e-4, float32 2e-7."""
+    """Seen: bfloat16 2.2e-3, float16 3e-4, float32 2e-7."""
     x = torch.randn(37, 160, generator=torch.Generator().manual_seed(1)).to(dtype)
     *_, weight, weight_scale = operands(1, 96, 160)
     y = scaled.decoded_weight_linear(x, weight, weight_scale)
