@@ -113,6 +113,28 @@ def test_what_is_lost_stops_the_run_or_is_said(host, files):
     assert "Your prompt is used as it is" in made.outputs["up"]["text"][0]
 
 
+def test_it_can_be_interrupted(host, files, monkeypatch):
+    """At the third word; the next run writes as if nothing had been."""
+    import comfy.model_management as memory
+    import comfy.utils
+
+    bar, said = comfy.utils.ProgressBar.update_absolute, []
+
+    def update(self, value, *more, **named):
+        said.append(value)
+        if value == 3:
+            memory.interrupt_current_processing()
+        return bar(self, value, *more, **named)
+
+    prompt = graph("a fox", files["qwen"].name, temperature=1.0, seed=2)
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", update)
+    with pytest.raises(HostError, match="interrupted"):
+        run(host, prompt)
+    assert said == [1, 2, 3]
+    monkeypatch.undo()
+    assert run(host, prompt)[0]
+
+
 def test_a_folder_of_shards_is_one_choice(host, files):
     """As publishers ship Mistral-3 whole: the index is listed, its shards are not."""
     from flux2_pack.nodes import host as adapter

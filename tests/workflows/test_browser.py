@@ -68,6 +68,26 @@ def test_open_run_and_restore(canvas, tmp_path):
     assert canvas.errors == []
 
 
+def test_a_saved_picture_has_its_prompt_locked(canvas):
+    """Dragged back, the graph holds what was written, where it was empty as shipped."""
+    name = "prompt_upsample"
+    shipped = load(name)
+    canvas.clear()
+    canvas.open_template(PROJECT, name)
+    canvas.wait_for_nodes(len(shipped["nodes"]))
+    (file,) = canvas.server.saved(canvas.run()["outputs"])
+    canvas.clear()
+    canvas.drop(file, "image/png")
+    canvas.wait_for_nodes(len(shipped["nodes"]))
+    locked = [
+        next(n for n in graph["nodes"] if n["type"] == "Flux2KitPromptUpsample")["widgets_values"][
+            -2
+        ]
+        for graph in (shipped, canvas.graph())
+    ]
+    assert locked == ["", shipped["extra"]["flux2_kit"]["prompt"]]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_layout(canvas, tmp_path, name):
     """With pictures and previews in the nodes, none lies on another or sticks out of its group."""
