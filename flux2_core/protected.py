@@ -88,7 +88,7 @@ def respelt(prompt: str, written: str) -> str:
     images = protected(prompt).images
 
     def own(match: re.Match) -> str:
-        return images.get(int(match[1]), match[0])
+        return images.get(int(match[1])) or str(match[0])
 
     out, end = [], 0
     for quote in _QUOTED.finditer(written):
