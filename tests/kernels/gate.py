@@ -228,12 +228,20 @@ def read(case: Case) -> Seen:
 
 
 def compile_case(case: Case):
-    """Triton's compiled kernel. Pointers and sizes count as multiples of 16, as they are at run
-    time, except where the kernel asks not to be specialised."""
+    """Triton's compiled kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    target = GPUTarget("cuda", case.arch, 32)
+    return triton.compile(ASTSource(*source(case)), target=target, options=options)
+
+
+def source(case: Case) -> tuple:
+    """-> Triton's function, its signature, constants and attributes. Pointers and sizes count as
+    multiples of 16, as they are at run time (test_launches), except where the kernel asks not to
+    be specialised."""
     jit = importlib.import_module(f"{PACK}.flux2_core.kernels.jit")
     module = importlib.import_module(
         case.module if "." in case.module else f"{PACK}.flux2_core.kernels.{case.module}"
@@ -248,9 +256,7 @@ def compile_case(case: Case):
         kind = signature[parameter.name] = case.signature[parameter.name]
         if kind.startswith("*") or (kind[0] == "i" and not parameter.do_not_specialize):
             attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, attributes)
-    options = {"num_warps": case.warps, "num_stages": case.stages}
-    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    return function, signature, constants, attributes
 
 
 def disassembled(cubin: bytes) -> tuple[str, str]:
