@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .errors import Flux2Error
 from .formats import Packed, encode
+from .products import NATIVE
 from .quantised import BLOCK_LINEARS, FP8_FORM, State
 
 log = logging.getLogger(__name__)
@@ -88,9 +89,9 @@ def compute(network: nn.Module, chosen: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def without_fp8(network: nn.Module) -> Iterator[None]:
-    """Products of fp8 layers in the activations' own dtype."""
-    layers: list[Any] = [m for m in network.modules() if _fp8(m)]
+def without_codes(network: nn.Module) -> Iterator[None]:
+    """Products of quantised layers in the activations' own dtype."""
+    layers: list[Any] = [m for m in network.modules() if _multiplies_codes(m)]
     for layer in layers:
         layer.compute = "weights"
     try:
@@ -103,32 +104,32 @@ def without_fp8(network: nn.Module) -> Iterator[None]:
 def guarded(
     network: nn.Module, run: Callable[[], Tensor], forget: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """run(), a pass through `network`. If fp8 products made NaN or infinity of it, the first layer
-    that did is named in the log and the pass is repeated without fp8 products. `forget` empties
+    """run(), a pass through `network`. If products of codes made NaN or infinity of it, the first layer
+    that did is named in the log and the pass is repeated without them. `forget` empties
     caches that may hold what the first try left there."""
     out = run()
-    if not any(map(_fp8, network.modules())) or bool(torch.isfinite(out).all()):
+    if not any(map(_multiplies_codes, network.modules())) or bool(torch.isfinite(out).all()):
         return out
     forget()
     layer = first_overflow(network, run)
     forget()
-    with without_fp8(network):
+    with without_codes(network):
         again = run()
     if bool(torch.isfinite(again).all()):
         log.warning(
-            "fp8 overflowed in %s: this step was repeated in %s. If it goes on, load the model with "
-            "precision 'fp8 weights only', or list this layer as bf16.",
+            "The product of codes overflowed in %s: this step was repeated in %s. If it goes on, load "
+            "the model with precision 'fp8 weights only', or list this layer as bf16.",
             layer or "a layer", str(out.dtype).removeprefix("torch."),
         )  # fmt: skip
     return again
 
 
-def _fp8(layer: nn.Module) -> bool:
-    return getattr(layer, "compute", "") == "fp8" and getattr(layer, "format", "") == FP8_FORM
+def _multiplies_codes(layer: nn.Module) -> bool:
+    return getattr(layer, "compute", "") == "fp8" and getattr(layer, "format", "") in NATIVE
 
 
 def first_overflow(network: nn.Module, run: Callable[[], Tensor]) -> str | None:
-    """The first fp8 layer whose product is not finite. Layers with a hook take plain numbers, so
+    """The first quantised layer whose product is not finite. Layers with a hook take plain numbers, so
     that what comes out is that of the layer alone."""
     found: list[str] = []
 
@@ -139,7 +140,9 @@ def first_overflow(network: nn.Module, run: Callable[[], Tensor]) -> str | None:
 
         return hook
 
-    hooks = [m.register_forward_hook(look(n)) for n, m in network.named_modules() if _fp8(m)]
+    hooks = [
+        m.register_forward_hook(look(n)) for n, m in network.named_modules() if _multiplies_codes(m)
+    ]
     try:
         run()
     finally:

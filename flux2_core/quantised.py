@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fp8
+from . import products
 from .errors import Flux2Error
 from .formats import FORMATS, FP8, MXFP8_BLOCK, NVFP4_BLOCK, Packed, encode
 
@@ -23,7 +22,7 @@ BESIDE = ("comfy_quant", "weight_scale", "weight_scale_2", "input_scale")
 OLD_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 CODES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 BLOCK_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
-FP8_FORM = "float8_e4m3fn"
+FP8_FORM = products.FP8
 
 
 def gather(state: State, metadata: Mapping[str, str], file: str) -> dict[str, "Tensor | Packed"]:
@@ -179,8 +178,8 @@ def _check(name: str, form: str, shape, codes: Tensor, found: Mapping[str, Tenso
 class QuantLinear(nn.Module):
     """y = x W'. Its tensors keep their dtypes whatever the network is cast to.
 
-    `compute` "fp8": e4m3 weights are multiplied with activations in e4m3 where the device can;
-    "weights" and every other format: W is decoded at each call, in x's dtype.
+    `compute` "fp8": activations are made codes of the same kind, where the device multiplies those
+    (fp8, MXFP8, NVFP4, INT8); "weights": W is decoded at each call, in x's dtype.
     """
 
     compute = "fp8"
@@ -193,32 +192,25 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, part)
 
     @property
-    def scale(self) -> Tensor | None:
-        return self._buffers.get("weight_scale")
-
-    @property
     def packed(self) -> Packed:
         return Packed(self.format, self.shape, dict(self.named_buffers(recurse=False)))
 
-    def computes_fp8_for(self, x: Tensor) -> bool:
-        if self.compute != "fp8" or self.format != FP8_FORM:
+    def is_native(self, x: Tensor) -> bool:
+        """True where activations are multiplied as codes."""
+        if self.compute != "fp8" or self.format not in products.NATIVE:
             return False
-        scales = 1 if self.scale is None else self.scale.numel()
-        return fp8.native(x.device, x.dtype, self.shape, scales)
+        return products.native(self.packed, x)
 
     def takes_codes(self, x: Tensor) -> bool:
         """True where activations may come as codes: hooks (LoRAs) want numbers."""
         hooked = self._forward_hooks or self._forward_pre_hooks
-        return not hooked and self.computes_fp8_for(x)
+        return not hooked and self.format in products.CODED and self.is_native(x)
 
-    def from_codes(self, codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
-        return fp8.from_codes(codes, scale, self.weight, self.scale, x)
+    def from_codes(self, made: products.Made, x: Tensor) -> Tensor:
+        return products.from_codes(made, self.packed, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        native = self.computes_fp8_for(x)
-        if native or (self.format == FP8_FORM and x.dtype == torch.bfloat16):
-            return fp8.product(x, self.weight, self.scale, native)
-        return F.linear(x, self.packed.decode(x.dtype))
+        return products.product(x, self.packed, self.is_native(x))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         """Moves between devices; a cast of the network does not reach codes and scales."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .attention import attend
 from .configs import TransformerConfig, Variant
 from .errors import Flux2Error
-from .fp8 import Codes, activated, added, applied, modulated
 from .heads import turned_heads
 from .kv_cache import Kept, Recorder
 from .latents import grid
@@ -32,6 +31,7 @@ from .layers import (
 from .negatives import Both
 from .negatives import check as check_negative
 from .positions import rope_table
+from .products import Codes, activated, added, applied, modulated
 from .step_cache import Call
 from .stream import STOCK, Controls, Stream
 from .visibility import ReferenceControl, arrange

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flux2_core import fp8
+from ..flux2_core import products
 from ..flux2_core.formats import Packed
-from ..flux2_core.quantised import FP8_FORM
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,8 +24,8 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
     """y = x W'. `weight` holds codes (or, while patched, numbers); scales are buffers beside it.
 
     `branches` are changes beside it, (x, y) -> y: our LoRAs, which need no other weights. `compute`
-    "fp8": e4m3 codes are multiplied with activations in e4m3 where the device can; "weights", every
-    other format, and every weight that the host changes: decoded at use.
+    "fp8": activations are made codes of the same kind, where the device multiplies those (fp8,
+    MXFP8, NVFP4, INT8); "weights", and every weight that the host changes: decoded at use.
     """
 
     bias = None
@@ -58,39 +57,39 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
                 self._buffers[name] = part
 
     @property
-    def scale(self) -> Tensor | None:
-        return self._buffers.get("weight_scale")
+    def packed(self) -> Packed:
+        """Codes and what stands beside them, where they are now."""
+        return self._packed_on(None)
+
+    def _packed_on(self, device) -> Packed:
+        parts = {"weight": self.weight.data, **{name: self._buffers[name] for name in self.beside}}
+        if device is not None:
+            parts = {name: self._on(part, device) for name, part in parts.items()}
+        return Packed(self.format, self.shape, parts)
 
     @property
-    def _codes(self) -> bool:
-        """True where the weight is e4m3 codes and nobody wants to change it."""
-        return self.format == FP8_FORM and not self._patched and not self._changes()
+    def _as_stored(self) -> bool:
+        """True where the weight is codes and nobody wants to change it."""
+        return not self._patched and not self._changes()
 
-    def computes_fp8_for(self, x: Tensor) -> bool:
-        if self.compute != "fp8" or not self._codes:
-            return False
-        scales = 1 if self.scale is None else self.scale.numel()
-        return fp8.native(x.device, x.dtype, self.shape, scales)
+    def is_native(self, x: Tensor) -> bool:
+        """True where activations are multiplied as codes."""
+        able = self.compute == "fp8" and self.format in products.NATIVE and self._as_stored
+        return able and products.native(self.packed, x)
 
     def takes_codes(self, x: Tensor) -> bool:
         """True where activations may come as codes: LoRAs and hooks want numbers."""
         watched = self.branches or self._forward_hooks or self._forward_pre_hooks
-        return not watched and self.computes_fp8_for(x)
+        return not watched and self.format in products.CODED and self.is_native(x)
 
-    def _parts(self, device) -> tuple[Tensor, Tensor | None]:
-        """Codes and scale, where they are needed."""
-        scale = self.scale
-        return self._on(self.weight, device), None if scale is None else self._on(scale, device)
-
-    def from_codes(self, codes: Tensor, scale: Tensor, x: Tensor) -> Tensor:
+    def from_codes(self, made: products.Made, x: Tensor) -> Tensor:
         comfy.ops.run_every_op()
-        return fp8.from_codes(codes, scale, *self._parts(x.device), x)
+        return products.from_codes(made, self._packed_on(x.device), x)
 
     def forward(self, x: Tensor) -> Tensor:
         comfy.ops.run_every_op()
-        native = self.computes_fp8_for(x)
-        if native or (x.dtype == torch.bfloat16 and self._codes):
-            out = fp8.product(x, *self._parts(x.device), native)
+        if self._as_stored:
+            out = products.product(x, self._packed_on(x.device), self.is_native(x))
         else:
             out = F.linear(x, self._numbers(x))
         for branch in self.branches:

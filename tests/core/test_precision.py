@@ -17,7 +17,7 @@ from flux2_pack.flux2_core.precision import (
     choices,
     guarded,
     store,
-    without_fp8,
+    without_codes,
 )
 from flux2_pack.flux2_core.quantised import QuantLinear, quantize
 from flux2_pack.flux2_core.stream import Controls
@@ -200,7 +200,7 @@ def test_references_at_time_zero_go_the_plain_way(codes, passes):
 
 def test_fp8_weights_only_never_quantises_activations(fp8_model):
     stock = fp8_model(**inputs(1))
-    with kernels.use("reference"), without_fp8(fp8_model):
+    with kernels.use("reference"), without_codes(fp8_model):
         assert torch.equal(fp8_model(**inputs(1)), stock)
     assert all(m.compute == "fp8" for m in fp8_model.modules() if isinstance(m, QuantLinear))
 
@@ -240,7 +240,7 @@ def overflowing(monkeypatch, fp8_model):
 
 def test_a_step_that_overflows_is_repeated_and_said(overflowing, caplog):
     model, given = overflowing, inputs(1)
-    with without_fp8(model):
+    with without_codes(model):
         wanted = model(**given)
     assert not torch.isfinite(model(**given)).all()
     with caplog.at_level(logging.WARNING):

@@ -10,7 +10,7 @@ from flux2_pack.flux2_core import kernels
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.kernels import table
 from flux2_pack.flux2_core.kernels.reference import fp8_linear
-from flux2_pack.flux2_core.precision import without_fp8
+from flux2_pack.flux2_core.precision import without_codes
 from flux2_pack.tests.nodes import toy
 
 pytestmark = pytest.mark.host
@@ -130,7 +130,7 @@ def test_offloaded_codes_are_multiplied_as_codes(graph):
 def test_a_step_that_overflows_is_repeated_in_the_host(graph, monkeypatch, caplog):
     model = load(graph, precision="fp8")
     layer = layers(model)["single_blocks.0.linear1"]
-    with without_fp8(model.model.diffusion_model):
+    with without_codes(model.model.diffusion_model):
         wanted = toy.sampled(model)
     op = table.OPS["fp8_linear"]
     monkeypatch.setattr(op, "candidates", list(op.candidates))
