@@ -208,7 +208,7 @@ def _kitchen(name: str) -> Callable[..., Tensor]:
 def _refuses_torch(kind: str) -> Callable[[Case], str | None]:
     def refuses(case: Case) -> str | None:
         if case.arch not in BLACKWELL:
-            return f"{case.arch} has no instructions for blocks"
+            return f"{case.arch} has no instructions for block scales"
         known = hasattr(F, "scaled_mm") and hasattr(getattr(F, "ScalingType", None), kind)
         return _shape(case) if known else f"this PyTorch has no scaled product with {kind}"
 
@@ -229,7 +229,7 @@ def _refuses_kitchen(name: str, arches: Callable[[str], bool]) -> Callable[[Case
 
 def _shape(case: Case) -> str | None:
     columns, depth = case.widths[:2]
-    return None if columns % 16 == depth % 32 == 0 else f"{columns} x {depth} is not in blocks"
+    return None if columns % 16 == depth % 32 == 0 else f"{columns} x {depth} is not in multiples of 16 x 32"
 
 
 def _blackwell(arch: str) -> bool:

@@ -20,6 +20,7 @@ OPS = {
     "qk_norm_rope": "queries and keys",
     "requantize": "rounding of patched weights",
     "fp8_linear": "products in fp8",
+    "fp8_linear_fused": "products in fp8 with gate, residual and LoRA in one",
     "fp8_weight_linear": "products of fp8 weights in bf16",
     "nvfp4_linear": "products in NVFP4",
     "mxfp8_linear": "products in MXFP8",
