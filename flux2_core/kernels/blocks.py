@@ -229,7 +229,11 @@ def _refuses_kitchen(name: str, arches: Callable[[str], bool]) -> Callable[[Case
 
 def _shape(case: Case) -> str | None:
     columns, depth = case.widths[:2]
-    return None if columns % 16 == depth % 32 == 0 else f"{columns} x {depth} is not in multiples of 16 x 32"
+    return (
+        None
+        if columns % 16 == depth % 32 == 0
+        else f"{columns} x {depth} is not in multiples of 16 x 32"
+    )
 
 
 def _blackwell(arch: str) -> bool:
