@@ -9,6 +9,7 @@ needs neither a GPU nor Triton.
 """
 
 from . import eager, ops, producers, scaled  # noqa: F401 (they register what they compute)
+from .block_codes import modulate_quantize_blocks, quantize_blocks, swiglu_quantize_blocks
 from .blocks import int8_linear, mxfp8_linear, nvfp4_linear
 from .fused import fp8_linear_fused
 from .ops import (
@@ -31,13 +32,16 @@ __all__ = [
     "gated_modulate_quantize",
     "int8_linear",
     "modulate_quantize",
+    "modulate_quantize_blocks",
     "mxfp8_linear",
     "nvfp4_linear",
     "qk_norm_rope",
+    "quantize_blocks",
     "quantize_rows",
     "register",
     "requantize",
     "status",
     "swiglu_quantize",
+    "swiglu_quantize_blocks",
     "use",
 ]

@@ -34,7 +34,7 @@ def elementwise() -> Iterator[Case]:
         for arch in arches:
             yield Case(
                 name=f"sm_{arch} {kernel.__name__} {widths}",
-                module="producers",
+                module="row_kernels",
                 kernel=kernel.__name__,
                 arch=arch,
                 signature=signature,

@@ -113,8 +113,6 @@ def _convert(data, source, target, rounding_mode=None):
 def _cast(self, src, dst_type):
     """All casts but bitcasts. Through float32 where numpy has no type; integers saturate."""
     source, target = src.dtype.scalar, dst_type.scalar
-    if src.data.dtype == bool:  # a comparison's handle has the type of what was compared
-        source = tl.int1
     data, known = src.data, source
     if source in TORCH and target in TORCH:
         bits = _convert(data, source, target)
@@ -238,7 +236,10 @@ def _refusing(original, last_only: bool):
                 raise TypeError(
                     f"arithmetic on {handle.dtype.scalar}: convert to float32 first, on a GPU too"
                 )
-        return original(self, *args)
+        result = original(self, *args)
+        if result.data.dtype == bool:  # the original gives it the type of what was compared
+            result.dtype = tl.int1
+        return result
 
     return operate
 
