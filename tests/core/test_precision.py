@@ -133,7 +133,14 @@ def unfused(model):
 def passes(monkeypatch):
     """Names of the fused passes, as they are called."""
     called = []
-    for name in ("modulate_quantize", "gated_modulate_quantize", "swiglu_quantize", "qk_norm_rope"):
+    for name in (
+        "modulate_quantize",
+        "gated_modulate_quantize",
+        "swiglu_quantize",
+        "qk_norm_rope",
+        "modulate_quantize_blocks",
+        "swiglu_quantize_blocks",
+    ):
         op = getattr(kernels, name)
         monkeypatch.setattr(
             kernels, name, lambda *args, op=op, name=name: called.append(name) or op(*args)
@@ -187,6 +194,26 @@ def test_fused_passes_mean_what_the_layers_mean(codes, passes, config):
     assert set(passes) == {"qk_norm_rope"}
     assert sqnr(fused, alone) > 60  # seen 76 and 131
     assert sqnr(fused, toy(config)(**given)) > 25  # seen 29.8 and 34.4
+
+
+@pytest.mark.parametrize(("form", "least"), [("mxfp8", 30), ("nvfp4", 20)])
+def test_formats_with_blocks_are_fused_too(codes, passes, form, least):
+    """What Blackwell multiplies; there is no gated form of these, the sum is a pass of its own."""
+    given = inputs(2)
+    fused = quantize(toy(KLEIN), form)(**given)
+    assert passes.count("modulate_quantize_blocks") == 4 + 4 + 3
+    assert passes.count("swiglu_quantize_blocks") == 4 + 3
+    alone = unfused(quantize(toy(KLEIN), form))(**given)
+    assert sqnr(fused, alone) > 60  # seen inf and 137
+    assert sqnr(fused, toy(KLEIN)(**given)) > least  # seen 35.5 and 24.8
+
+
+def test_int8_products_take_numbers(codes):
+    """The library rounds activations itself: only the definition serves here."""
+    given = inputs(2)
+    with kernels.use("auto"):
+        decoded = quantize(toy(KLEIN), "int8")(**given)
+    assert error(quantize(toy(KLEIN), "int8")(**given), decoded) < 1e-4  # seen 1.3e-6
 
 
 def test_references_at_time_zero_go_the_plain_way(codes, passes):
