@@ -81,9 +81,9 @@ def run(
 ) -> Upsampled:
     """The new prompt; asked for once, and known the next time. `how`: see `upsample`."""
     pictures = [to_pil(_first(r.image)) for r in references] if source.sees else []
-    seen = hashlib.sha256(b"".join(p.tobytes() for p in pictures)).hexdigest()
+    seen = tuple((p.size, hashlib.sha256(p.tobytes()).hexdigest()) for p in pictures)
     names = tuple(r.name for r in references)
-    key = (*source.which, prompt, names, seen, seed, *sorted(how.items()))
+    key = (*source.which, _reads(clip), prompt, names, seen, seed, *sorted(how.items()))
     if found := _memory.get(key):
         return found
     try:
@@ -111,6 +111,15 @@ async def aside(source: Source, *args, **how) -> Upsampled:
 
 def _first(image: torch.Tensor) -> torch.Tensor:
     return image if image.ndim == 3 else image[0]
+
+
+def _reads(clip) -> tuple | None:
+    """Whose limit an answer was held to."""
+    tokenizer = getattr(clip, "tokenizer", None)
+    if not isinstance(tokenizer, host_text.Tokenizer):
+        return None
+    config = tokenizer.prompts.config
+    return config.template, config.text_length
 
 
 def _fits(clip, text: str) -> bool:

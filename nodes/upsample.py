@@ -86,8 +86,8 @@ def _inputs() -> list:
         io.Boolean.Input(
             "lock_saved",
             default=True,
-            tooltip="Workflows saved in pictures carry the new prompt in locked: dragged back into "
-            "ComfyUI, a picture repeats exactly. The graph before you stays as it is.",
+            tooltip="Pictures of the run that writes carry the new prompt in locked: dragged back into "
+            "ComfyUI, such a picture repeats exactly. The graph before you stays as it is.",
         ),
     ]
 

@@ -282,3 +282,25 @@ def test_an_endpoints_prompt_fits_the_text_encoder(host, server):
     server.answers = ["a red circle " * 40, "a red circle left on white background"]
     assert run(host, graph(writer="chat endpoint", seed=3))[0] == server.answers[1]
     assert len(server.seen) == 2
+
+
+def test_a_remembered_prompt_is_that_of_these_pictures_and_this_encoder(host, server):
+    """Without a text encoder a long answer is fine; with one it must fit. A picture of another
+    shape is another picture, though all its pixels are the same."""
+    import torch
+
+    from flux2_pack.flux2_core.references import Reference
+    from flux2_pack.nodes import host_upsample
+
+    server.answers = ["a red circle " * 40, "a red circle left on white background", "one", "two"]
+    prompt = graph("a red circle", writer="chat endpoint", seed=11)
+    clip = prompt["up"]["inputs"].pop("clip")
+    assert run(host, prompt)[0] == server.answers[0].strip()
+    prompt["up"]["inputs"]["clip"] = clip
+    assert run(host, prompt)[0] == server.answers[1]
+    source, ask = host_upsample.source_of("chat endpoint", None), {"seed": 12}
+    made = [
+        host_upsample.run(source, None, "a cat", [Reference(torch.ones(size))], **ask).text
+        for size in ((64, 128, 3), (128, 64, 3))
+    ]
+    assert made == ["one", "two"]
