@@ -123,12 +123,14 @@ def decoded(codes: Tensor) -> Tensor:
 
 
 def _scaled(y: Tensor, scale: Tensor | None, weight_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """y (M, N) times the scales of its rows and columns, in float32, some rows at a time."""
+    """y (M, N), which is ours to overwrite, times the scales of its rows and columns, in float32.
+    Never the whole of it in float32 at once where the weight alone has scales."""
     columns = weight_scale.reshape(1, -1)
     out = y if y.dtype == dtype else torch.empty(y.shape, dtype=dtype, device=y.device)
     if y.device.type != "cpu":
-        wide = y * columns if scale is None else y * scale * columns
-        return wide.to(dtype)
+        if scale is None:
+            return y.mul_(columns).to(dtype)  # each product in float32, rounded once
+        return (y * scale * columns).to(dtype)
     for part, result, *rows in _chunks(y, out, *([] if scale is None else [scale])):
         wide = part.float().mul_(columns)
         result.copy_(wide.mul_(rows[0]) if rows else wide)
