@@ -81,9 +81,13 @@ def mean_variance(rows: Tensor) -> tuple[Tensor, Tensor]:
         parts = [torch.var_mean(part.float(), dim=1, correction=0) for part in rows.split(4)]
         variance, mean = (torch.cat(each) for each in zip(*parts, strict=True))
         return mean, variance
-    mean = rows.mean(1, dtype=torch.float32)
-    apart = ((row.float() - m).square_().mean() for row, m in zip(rows, mean, strict=True))
-    return mean, torch.stack(list(apart))
+    found = []
+    for row in rows:
+        row = row.float()
+        mean = row.mean()
+        found.append(torch.stack((mean, (row - mean).square_().mean())))
+    mean, variance = torch.stack(found).unbind(1)
+    return mean, variance
 
 
 class Rows:
