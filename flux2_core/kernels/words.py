@@ -97,9 +97,9 @@ def version(*packages: str) -> str:
 def served(rows: Iterable[Row]) -> Iterator[str]:
     """One line for each operation and server; what was refused, with its reason, below it. Kinds of
     calls that fared alike are told once."""
-    told: dict[tuple, None] = {}
+    told: dict[tuple[str, str, tuple[tuple[str, str], ...]], None] = {}
     for row in rows:
-        told.setdefault((row.op, row.chosen, row.refused))
+        told[row.op, row.chosen, row.refused] = None
     for op, chosen, refused in told:
         yield f"{OPS.get(op, op)}: {WHO.get(chosen, chosen)}"
         reasons: dict[str, list[str]] = {}
