@@ -119,6 +119,7 @@ def test_an_environment_is_made_once(dev, tmp_path, monkeypatch):
     monkeypatch.setattr(dev, "VENV", tmp_path)
     monkeypatch.setattr(dev, "run", lambda command: ran.append(command))
     monkeypatch.setattr(dev, "let_torchvision_import", lambda: ran.append("fix"))
+    monkeypatch.setattr(dev, "install_triton", lambda: None)
     dev.environment("host", "test")
     assert len(ran) == 3 and "torch==2.13.0" in ran[1] and "pytest==9.2.0" in ran[1]
     dev.environment("host", "test")
@@ -126,6 +127,29 @@ def test_an_environment_is_made_once(dev, tmp_path, monkeypatch):
     monkeypatch.setitem(dev.PINS, "test", "pytest==0")
     dev.environment("host", "test")
     assert len(ran) == 4 and "pytest==0" in ran[3] and "torch==2.13.0" not in ran[3]
+
+
+@pytest.mark.parametrize(
+    ("place", "there", "asked"),
+    [
+        (("linux", "x86_64"), False, 1),
+        (("linux", "x86_64"), True, 0),
+        (("win32", "AMD64"), False, 0),
+    ],
+)
+def test_triton_is_installed_where_it_runs_and_is_missing(
+    dev, tmp_path, monkeypatch, place, there, asked
+):
+    ran = []
+    monkeypatch.setattr(dev, "VENV", tmp_path)
+    monkeypatch.setattr(dev, "pip", lambda *command: ran.append(command))
+    monkeypatch.setattr(dev.sys, "platform", place[0])
+    monkeypatch.setattr(dev.platform, "machine", lambda: place[1])
+    if there:
+        (tmp_path / "lib" / "python3.11" / "site-packages" / "triton").mkdir(parents=True)
+    dev.install_triton()
+    assert len(ran) == asked
+    assert all(dev.TRITON in command for command in ran)
 
 
 @pytest.mark.parametrize(
