@@ -150,8 +150,8 @@ def resident() -> int | None:
     getrusage: its figure begins with the parent's."""
     if not (table := Path("/proc/self/status")).exists():
         return None
-    lines = (line.split() for line in table.read_text().splitlines())
-    return next(int(kb) * 1024 for name, kb, *_ in lines if name == "VmHWM:")
+    lines = (line.partition(":") for line in table.read_text().splitlines())
+    return next(int(value.split()[0]) * 1024 for name, _, value in lines if name == "VmHWM")
 
 
 def beside(case: str, options, out: report.Report) -> None:
