@@ -42,11 +42,11 @@ def native(packed: Packed, x: Tensor) -> bool:
     return serves("int8_linear", x.device, (x.dtype, torch.int8), (n, k, scales))
 
 
-def product(x: Tensor, packed: Packed, native: bool) -> Tensor:
-    """x (..., K) by a matrix (N, K) -> (..., N): both in the matrix's format, or the matrix decoded.
+def product(x: Tensor, packed: Packed, coded: bool) -> Tensor:
+    """x (..., K) by a matrix (N, K) -> (..., N): `coded`, both in the matrix's format; else decoded.
     e4m3 codes are multiplied by bfloat16 as they are, and scaled after."""
     rows, weight = x.reshape(-1, x.shape[-1]), packed.parts["weight"]
-    if not native:
+    if not coded:
         if packed.format != FP8 or x.dtype != torch.bfloat16:
             return F.linear(x, packed.decode(x.dtype))
         return _shaped(kernels.fp8_weight_linear(rows, weight, _scale(packed)), x)

@@ -16,6 +16,7 @@ from flux2_pack.flux2_core.formats import (
     swizzle,
     unswizzle,
 )
+from flux2_pack.tests.core.toys import decibels
 
 WRITTEN = [name for name, form in FORMATS.items() if form.encode]
 # least signal to quantisation noise in dB, on normal numbers; seen beside it
@@ -30,10 +31,6 @@ SQNR = {
 
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def sqnr(a, b):
-    return float(10 * torch.log10(b.square().sum() / (a - b).square().sum()))
 
 
 @pytest.mark.parametrize("name", formats_gguf.TYPES)
@@ -60,7 +57,7 @@ def test_gguf_as_an_outside_writer_writes_it(name):
     weight = normal(8, 256)
     rows = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType[name])
     got = Packed(f"gguf {name}", (8, 256), {"weight": torch.from_numpy(rows)}).decode()
-    assert sqnr(got, weight) > {"Q8_0": 40, "Q5_0": 25, "Q4_0": 18}[name]  # seen 45, 27, 21
+    assert decibels(got, weight) > {"Q8_0": 40, "Q5_0": 25, "Q4_0": 18}[name]  # seen 45, 27, 21
 
 
 def test_nvfp4_of_an_outside_writer():
@@ -119,7 +116,7 @@ def test_halfway_goes_to_the_even_code():
 def test_written_and_read(name):
     weight = normal(256, 512)
     packed = encode(weight, name)
-    assert sqnr(packed.decode(), weight) > SQNR[name]
+    assert decibels(packed.decode(), weight) > SQNR[name]
     again = encode(packed.decode(), name)
     assert torch.equal(again.decode(), packed.decode())
 

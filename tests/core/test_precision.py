@@ -21,7 +21,7 @@ from flux2_pack.flux2_core.precision import (
 )
 from flux2_pack.flux2_core.quantised import QuantLinear, quantize
 from flux2_pack.flux2_core.stream import Controls
-from flux2_pack.tests.core.toys import DEV, KLEIN, error, inputs, toy
+from flux2_pack.tests.core.toys import DEV, KLEIN, decibels, error, inputs, toy
 
 BLOCKS = [
     f"double_blocks.{i}.{part}"
@@ -29,11 +29,6 @@ BLOCKS = [
     for s in ("img", "txt")
     for part in (f"{s}_attn.qkv", f"{s}_attn.proj", f"{s}_mlp.0", f"{s}_mlp.2")
 ] + [f"single_blocks.{i}.linear{k}" for i in range(3) for k in (1, 2)]
-
-
-def sqnr(a, b) -> float:
-    """dB of b over what a differs by."""
-    return float(20 * torch.log10(b.norm() / (a - b).norm()))
 
 
 @pytest.fixture(params=["reference"])
@@ -192,8 +187,8 @@ def test_fused_passes_mean_what_the_layers_mean(codes, passes, config):
     passes.clear()
     alone = unfused(quantize(toy(config), "fp8"))(**given)
     assert set(passes) == {"qk_norm_rope"}
-    assert sqnr(fused, alone) > 60  # seen 76 and 131
-    assert sqnr(fused, toy(config)(**given)) > 25  # seen 29.8 and 34.4
+    assert decibels(fused, alone) > 60  # seen 76 and 131
+    assert decibels(fused, toy(config)(**given)) > 25  # seen 29.8 and 34.4
 
 
 @pytest.mark.parametrize(("form", "least"), [("mxfp8", 30), ("nvfp4", 20)])
@@ -204,8 +199,8 @@ def test_formats_with_blocks_are_fused_too(codes, passes, form, least):
     assert passes.count("modulate_quantize_blocks") == 4 + 4 + 3
     assert passes.count("swiglu_quantize_blocks") == 4 + 3
     alone = unfused(quantize(toy(KLEIN), form))(**given)
-    assert sqnr(fused, alone) > 60  # seen inf and 137
-    assert sqnr(fused, toy(KLEIN)(**given)) > least  # seen 35.5 and 24.8
+    assert decibels(fused, alone) > 60  # seen inf and 137
+    assert decibels(fused, toy(KLEIN)(**given)) > least  # seen 35.5 and 24.8
 
 
 def test_int8_products_take_numbers(codes):
@@ -222,7 +217,7 @@ def test_references_at_time_zero_go_the_plain_way(codes, passes):
     fused = quantize(toy(KLEIN), "fp8")(**given)
     assert passes.count("gated_modulate_quantize") == 2  # of the text
     alone = unfused(quantize(toy(KLEIN), "fp8"))(**given)
-    assert sqnr(fused, alone) > 60  # seen 164
+    assert decibels(fused, alone) > 60  # seen 164
 
 
 def test_fp8_weights_only_never_quantises_activations(fp8_model):

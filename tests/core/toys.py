@@ -37,6 +37,12 @@ def inputs(references: int, size=(5, 7), batch: int = 1, seed: int = 1, guidance
     }
 
 
+def decibels(made: torch.Tensor, right: torch.Tensor) -> float:
+    """Signal to noise: `right` over what `made` differs by, in float64."""
+    right = right.double()
+    return 10 * ((right.square().sum() / (made.double() - right).square().sum()).log10()).item()
+
+
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference over b's standard deviation."""
     return ((a - b).abs().max() / b.std()).item()

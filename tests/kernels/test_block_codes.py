@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flux2_pack.flux2_core import formats, kernels
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.kernels import block_codes, eager, producers, reference
+from flux2_pack.tests.core.toys import decibels
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from flux2_pack.tests.kernels import shim
@@ -22,11 +23,6 @@ LEAST = {"mxfp8": 30.5, "nvfp4": 19.0}  # dB; observed: 30.9 to 31.5, 19.9 to 20
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-
-
-def decibels(made, right):
-    right = right.double()
-    return 10 * ((right.square().sum() / (made.double() - right).square().sum()).log10()).item()
 
 
 def decoded(form, codes, scales, whole):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from flux2_pack.flux2_core.kernels import producers, reference
+from flux2_pack.tests.core.toys import decibels
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from flux2_pack.tests.kernels import shim
@@ -51,12 +52,6 @@ def untouched(codes, scale, rows):
 
 def bits(x):
     return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
-
-
-def decibels(made, right):
-    """Signal to noise, against float64."""
-    right = right.double()
-    return 10 * ((right.square().sum() / (made.double() - right).square().sum()).log10()).item()
 
 
 def decoded(codes, scale):

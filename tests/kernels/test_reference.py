@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from flux2_pack.flux2_core import positions
 from flux2_pack.flux2_core.kernels import eager, reference, scaled
+from flux2_pack.tests.core.toys import decibels
 
 E4M3 = reference.E4M3
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -19,11 +20,6 @@ def seeded():
 
 def bits(x):
     return x.view(torch.uint8)
-
-
-def decibels(made, right):
-    right = right.double()
-    return 10 * ((right.square().sum() / (made.double() - right).square().sum()).log10()).item()
 
 
 def same(made, right):

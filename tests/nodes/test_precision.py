@@ -11,6 +11,7 @@ from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.kernels import table
 from flux2_pack.flux2_core.kernels.reference import fp8_linear
 from flux2_pack.flux2_core.precision import without_codes
+from flux2_pack.tests.core.toys import decibels
 from flux2_pack.tests.nodes import toy
 
 pytestmark = pytest.mark.host
@@ -39,10 +40,6 @@ def given():
     return x, context
 
 
-def sqnr(a, b) -> float:
-    return float(20 * torch.log10(b.norm() / (a - b).norm()))
-
-
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp8", "fp8 weights only"])
 def test_the_loader_stores_what_was_chosen(graph, precision):
     model = load(graph, precision=precision, layers="single_blocks.1.*: bf16")
@@ -56,7 +53,7 @@ def test_the_loader_stores_what_was_chosen(graph, precision):
     if not found:
         assert torch.equal(drawn, stock)
     else:  # of random weights, on the CPU: weights alone are fp8
-        assert sqnr(drawn, stock) > 15  # seen 23
+        assert decibels(drawn, stock) > 15  # seen 23
 
 
 def test_a_wrong_list_is_a_sentence(graph):
@@ -79,8 +76,8 @@ def test_the_fused_passes_in_the_host_are_the_cores(graph):
         ours = model.model.diffusion_model(x, torch.ones(1), context, transformer_options={})
         wanted = core(x, torch.ones(1), context)
     weights_only = core(x, torch.ones(1), context)
-    assert sqnr(ours, wanted) > 45  # seen 82; the host's attention may flip a code
-    assert sqnr(weights_only, wanted) < 40  # seen 37
+    assert decibels(ours, wanted) > 45  # seen 82; the host's attention may flip a code
+    assert decibels(weights_only, wanted) < 40  # seen 37
 
 
 def test_heads_in_one_pass_in_the_host(graph, monkeypatch):
@@ -109,8 +106,8 @@ def test_a_lora_beside_layers_that_compute_in_fp8(graph, tmp_path):
         patched = toy.sampled(with_lora(model, str(file), 1.0)[0])
         bare = toy.sampled(model)
     numbers = toy.sampled(with_lora(model, str(file), 1.0)[0])
-    assert sqnr(patched, numbers) > 15  # seen 24
-    assert sqnr(patched, bare) < sqnr(patched, numbers)
+    assert decibels(patched, numbers) > 15  # seen 24
+    assert decibels(patched, bare) < decibels(patched, numbers)
 
 
 def test_offloaded_codes_are_multiplied_as_codes(graph):
