@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from gpu_stages.bench import Bench, decibels, differing, error, numbers
 
 from flux2_pack.flux2_core import kernels
-from flux2_pack.flux2_core.kernels import reference, scaled
+from flux2_pack.flux2_core.kernels import gemm, reference, scaled
 from flux2_pack.flux2_core.kernels.reference import E4M3
+from flux2_pack.flux2_core.kernels.tiles import Tile
 from flux2_pack.flux2_core.positions import rope_table
 
 HEAD = 128
 COPIED = {"K1": 0.80, "K1 gated": 0.80, "K2": 0.80, "K3": 0.75}  # shares of a copy's bandwidth
 CODES_DIFFER, DECIBELS, BF16_DECIBELS = 0.005, 31.3, 55.0
+OWN, SLICED, ALONE = Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)
+IN_A_ROW = 12  # calls of a pass that share a time
 PRECISE, FAST = 2.0e-3, 4.0e-3  # errors of the scaled product, bfloat16's rounding included
 
 
@@ -182,17 +185,51 @@ def _products(b: Bench, depth: int) -> None:
     near = decibels(accumulating(True, codes, scale, weight, w_scale)(), plain)
     b.out.add(f"fp8 product, K {depth}", "beside bf16 weights", near, "dB", at_least=28.3)
     assert codes.dtype == E4M3
+    if b.cuda and not torch.version.hip:
+        _own_products(b, x, (codes, scale), (weight, w_scale))
+
+
+def _own_products(b: Bench, x, left: tuple, right: tuple) -> None:
+    """Our own products as they run on this card, whether or not it is one they are meant for: plain,
+    with everything in the epilogue, in float16 slices, and of fp8 weights alone."""
+    (codes, scale), (weight, w_scale) = left, right
+    (rows, depth), columns = codes.shape, weight.shape[0]
+    residual, gate = b.randn(rows, columns, seed=2), b.randn(columns, seed=3)
+    low, up = b.randn(rows, 24, seed=4), b.randn(columns, 24, scale=0.1, seed=5)
+    plain = numbers(codes, scale).double() @ numbers(weight, w_scale).double().T
+    whole = residual.double() + gate.double() * (plain + low.double() @ up.double().T)
+    parts = gemm.Epilogue(residual, gate, low, up)
+    small, base = gemm.ACTIVATION_MAX[SLICED.k] / 448, weight.clone()
+    narrow = ((codes.float() * small).to(E4M3), scale / small)
+    gemm.rebase(base)
+    w_based = w_scale * gemm.REBASE
+    sliced = numbers(*narrow).double() @ numbers(base, w_based).double().T
+    alone = x.double() @ numbers(weight, w_scale).double().T
+    calls = {
+        "plain": (partial(gemm.fp8, codes, scale, weight, w_scale, OWN, "fp32"), plain),
+        "with gate, residual and LoRA": (
+            partial(gemm.fp8, codes, scale, weight, w_scale, OWN, "fp32", epilogue=parts),
+            whole,
+        ),
+        "in float16 slices": (partial(gemm.fp8, *narrow, base, w_based, SLICED, "fp16"), sliced),
+        "of fp8 weights alone": (partial(gemm.weight_only, x, weight, w_scale, ALONE), alone),
+    }
+    for name, (call, wanted) in calls.items():
+        far = error(call(), wanted)
+        limit = FAST if name == "in float16 slices" else PRECISE
+        b.out.add(f"our product, K {depth}", f"error, {name}", far, "", at_most=limit)
 
 
 def bandwidth(b: Bench) -> None:
-    """Each pass beside a plain copy of as many bytes, and beside its eager definition."""
+    """Each pass beside the rate of a plain copy, and beside its eager definition. Calls follow each
+    other, as in a model; a set of inputs comes back when the others have emptied the cache of it."""
     rows = 40 if b.small else 4608
     for name, model in b.models.items():
-        sets = [list(jobs(b, model.hidden, rows, seed=10 * i)) for i in range(1 if b.small else 3)]
+        sets = [list(jobs(b, model.hidden, rows, seed=10 * i)) for i in range(1 if b.small else 4)]
         for some in zip(*sets, strict=True):
             job = some[0]
             run = getattr(kernels, job.op)
-            taken = b.seconds([partial(run, *s.arguments) for s in some])
+            taken = b.seconds([partial(run, *s.arguments) for s in some], row=IN_A_ROW)
             share = job.bytes / taken / b.copy if b.copy else 0.0
             case = f"{job.name}, {job.op}, {name}"
             bound = b.bound(COPIED[job.name]) if job.name in COPIED else None
