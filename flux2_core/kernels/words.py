@@ -38,6 +38,7 @@ OPS = {
 WHO = {
     "triton": "our own kernel",
     "torch": "PyTorch's scaled product",
+    "mxfp8": "PyTorch's product with scales of blocks",
     "eager": "plain PyTorch",
     "cpu": "plain PyTorch, as processors like it",
     "reference": "plain PyTorch",

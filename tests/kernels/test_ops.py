@@ -55,10 +55,14 @@ def samples():
     w = (codes(24, 64), torch.rand(24, 1))
     return [
         ("quantize_rows", (x[0],)),
+        ("quantize_rows", (x[0], 32.0)),
         ("modulate_quantize", (x, shift, scale)),
+        ("modulate_quantize", (x, shift, scale, 32.0)),
         ("gated_modulate_quantize", (x, y, gate, shift, scale)),
+        ("gated_modulate_quantize", (x, y, gate, shift, scale, 16.0)),
         ("swiglu_quantize", (torch.randn(5, 200).bfloat16()[:, 72:],)),
         ("swiglu_quantize", (torch.randn(5, 128).bfloat16(), x[0])),
+        ("swiglu_quantize", (torch.randn(5, 128).bfloat16(), x[0], 16.0)),
         ("modulate", (x, shift, scale)),
         ("gated_modulate", (x, y, gate, shift, scale)),
         ("gated_add", (x, y, gate)),
