@@ -128,7 +128,7 @@ class Op:
                     "%s: %s is switched off on %s, %s serves instead; %s",
                     self.name, name, device, candidate.name, reason,
                 )  # fmt: skip
-            self.chosen.clear()
+            _forget(self)
             return result
         raise error
 
@@ -155,12 +155,27 @@ def register(
     table = OPS.setdefault(op, Op(op))
     table.candidates = [c for c in table.candidates if c.name != name]
     table.candidates.append(Candidate(name, priority, refuses, call))
-    table.chosen.clear()
+    _forget(table)
+
+
+_changes = 0  # what served before these may not serve now: compiled graphs look at this number
+
+
+def _forget(*ops: Op) -> None:
+    global _changes
+    _changes += 1
+    for op in ops:
+        op.chosen.clear()
 
 
 def serves(op: str, device: torch.device, dtypes: tuple, widths: tuple, rows: int = 4096) -> bool:
     """True where a call of this kind is served by more than plain PyTorch, or where the user has
     named what serves. Remembered until a candidate or the wish changes."""
+    return _serves(op, device, dtypes, widths, rows, _changes)
+
+
+@torch.compiler.assume_constant_result  # until _changes does, which the compiler guards
+def _serves(op: str, device: torch.device, dtypes, widths, rows: int, changes: int) -> bool:
     table = OPS[op]
     key = (device, dtypes, widths, (rows - 1).bit_length())
     candidate = table.chosen.get(key)
@@ -201,8 +216,7 @@ def _set(names: str) -> None:
     except Flux2Error:
         _wish = before
         raise
-    for op in OPS.values():
-        op.chosen.clear()
+    _forget(*OPS.values())
 
 
 def _names() -> tuple[str, ...]:
