@@ -81,6 +81,7 @@ def _rope_table(text, picture, references, axes_dim, theta, device, origin):
 
 
 _kept_rope_table = lru_cache(maxsize=16)(_rope_table)
+rope_table.cache_clear = _kept_rope_table.cache_clear
 
 
 def rotate(x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:

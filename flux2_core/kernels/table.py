@@ -174,7 +174,6 @@ def serves(op: str, device: torch.device, dtypes: tuple, widths: tuple, rows: in
     return _serves(op, device, dtypes, widths, rows, _changes)
 
 
-@torch.compiler.assume_constant_result  # until _changes does, which the compiler guards
 def _serves(op: str, device: torch.device, dtypes, widths, rows: int, changes: int) -> bool:
     table = OPS[op]
     key = (device, dtypes, widths, (rows - 1).bit_length())
@@ -182,6 +181,11 @@ def _serves(op: str, device: torch.device, dtypes, widths, rows: int, changes: i
     if candidate is None:
         candidate = table.chosen[key] = table.resolve(_case(key))[0]
     return candidate.name not in DEFINITION or _wish != AUTO
+
+
+# Constant for torch.compile until `changes` is another, which it guards. The decorator
+# torch.compiler.assume_constant_result does this, but imports the whole compiler.
+_serves._dynamo_marked_constant = True
 
 
 # ---------------------------------------------------------------------------------- the user's wish
