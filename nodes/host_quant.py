@@ -79,8 +79,9 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def takes_codes(self, x: Tensor) -> bool:
         """True where activations may come as codes: LoRAs and hooks want numbers."""
-        watched = self.branches or self._forward_hooks or self._forward_pre_hooks
-        return not watched and self.format in products.CODED and self.is_native(x)
+        if self.branches or self._forward_hooks or self._forward_pre_hooks:
+            return False
+        return self.format in products.CODED and self.is_native(x)
 
     def from_codes(self, made: products.Made, x: Tensor) -> Tensor:
         comfy.ops.run_every_op()
