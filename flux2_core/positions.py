@@ -56,7 +56,6 @@ def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Tensor, 
     return angle.cos().float(), angle.sin().float()
 
 
-@lru_cache(maxsize=16)
 def rope_table(
     text: int,
     picture: tuple[int, int],
@@ -66,10 +65,23 @@ def rope_table(
     device: torch.device,
     origin: tuple[int, int] = (0, 0),
 ) -> tuple[Tensor, Tensor]:
-    """`rope` of a whole sequence, kept between steps: the table of 20,000 tokens is no small work."""
+    """`rope` of a whole sequence, kept between steps: the table of 20,000 tokens is no small work.
+    A compiled graph makes it anew, on the GPU itself: what is kept would tie it to one size."""
+    make = _rope_table if torch.compiler.is_compiling() else _kept_rope_table
+    return make(text, picture, references, axes_dim, theta, device, origin)
+
+
+def _rope_table(text, picture, references, axes_dim, theta, device, origin):
     with torch.inference_mode(False), torch.no_grad():
-        cos, sin = rope(sequence_ids(text, picture, references, origin), axes_dim, theta)
+        ids = sequence_ids(text, picture, references, origin)
+        if torch.compiler.is_compiling() and device.type == "cuda":
+            ids = ids.to(device)
+        cos, sin = rope(ids, axes_dim, theta)
     return cos.to(device), sin.to(device)
+
+
+_kept_rope_table = lru_cache(maxsize=16)(_rope_table)
+rope_table.cache_clear = _kept_rope_table.cache_clear
 
 
 def rotate(x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:

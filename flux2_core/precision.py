@@ -10,8 +10,9 @@ part of a name, makes exceptions.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -141,11 +142,21 @@ def first_overflow(network: nn.Module, run: Callable[[], Tensor]) -> str | None:
         return hook
 
     hooks = [
-        m.register_forward_hook(look(n)) for n, m in network.named_modules() if _multiplies_codes(m)
+        m.register_forward_hook(look(n.removeprefix("_orig_mod.")))  # of a compiled network
+        for n, m in network.named_modules()
+        if _multiplies_codes(m)
     ]
     try:
-        run()
+        with _uncompiled():
+            run()
     finally:
         for hook in hooks:
             hook.remove()
     return found[0] if found else None
+
+
+def _uncompiled() -> Any:
+    """Within it, what torch.compile has compiled runs as it stands: graphs do not see new hooks."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        return nullcontext()  # nothing is compiled, or PyTorch is older than 2.6
+    return torch.compiler.set_stance("force_eager")

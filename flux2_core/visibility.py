@@ -224,6 +224,8 @@ def _rows(text, negative, size, shapes, regions, present, kept, order, device) -
 
 
 def _table(queries: Sequence[Segment], keys: Sequence[Segment], sight: "Sight") -> Table | None:
+    if sight.alike(keys):
+        return None
     made = table(
         [s.length for s in queries],
         [s.length for s in keys],
@@ -239,6 +241,13 @@ class Sight:
         self.steer, self.regions, self.isolate, self.kv = steer, regions, isolate, kv
         self.maps = {key: m if order is None else m[order] for key, m in maps.items()}
         self.device = device
+
+    def alike(self, keys: Sequence[Segment]) -> bool:
+        """True where all weights are 1, seen at once: torch.compile ties a table to one size."""
+        if self.maps or any(s.kind == "negative" for s in keys):
+            return False
+        strengths = [self.steer[s.index].strength for s in keys if s.kind == "reference"]
+        return not strengths or (not self.kv and all(s == 1 for s in strengths))
 
     def __call__(self, a: Segment, b: Segment) -> Weight:
         if a == b:
@@ -286,10 +295,12 @@ class Sight:
             return float(bound not in self.maps or not any(self._meet(p, bound) for p in prompts))
         if a.kind in ("prompt", "negative"):
             return 0.0
+        own = [k for k in range(len(self.regions)) if ("prompt", k) in a.inside]
+        if not own:
+            return 1.0
         weight = torch.ones(a.length)
-        for k, region in enumerate(self.regions):
-            if ("prompt", k) in a.inside:
-                weight *= 1 - self.maps["prompt", k][a.rows] * (1 - region.base)
+        for k in own:
+            weight *= 1 - self.maps["prompt", k][a.rows] * (1 - self.regions[k].base)
         return self._short(weight)
 
     def _part(self, key, a: Segment, factor: float = 1.0) -> Weight:

@@ -92,6 +92,9 @@ def build_model(
     if not memory.is_device_cpu(devices["offload_device"]):
         model.to(devices["offload_device"])
     patcher = patch(model, **devices, reload=reload, disable_dynamic=disable_dynamic)
+    if any(isinstance(layer, host_quant.QuantLinear) for layer in network.modules()):
+        # for speed the host would keep patched numbers, and copy them onto codes at the next step
+        patcher.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
     model.load_model_weights(dict(state), "", **assign(patcher))
     return patcher
 

@@ -2,8 +2,9 @@
 
 A weight stays in the file's codes, in memory and on the way to the device, and is decoded at each
 use. The host's LoRAs are computed on decoded weights, never on codes: at use where the layer is
-offloaded; where it is loaded whole, the patched weight stands in for the codes as plain numbers
-until the patch is taken off.
+offloaded; where it is loaded whole, the patched weight stands in for the file's until the patch is
+taken off. In fp8 it is codes again, rounded at random, so that changes smaller than a code's step
+are kept on average; in the other formats it is plain numbers.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flux2_core import products
+from ..flux2_core import kernels, products
+from ..flux2_core.errors import Flux2Error
 from ..flux2_core.formats import Packed
+from ..flux2_core.kernels.reference import E4M3_MAX, SMALLEST_AMAX
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,6 +34,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
     bias = None
     branches: tuple = ()
     compute = "fp8"
+    merged: Tensor | None = None  # the scale of codes that a patch was worked into
 
     def __init__(self, packed: Packed, dtype: torch.dtype):
         super().__init__()
@@ -62,10 +66,16 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
         return self._packed_on(None)
 
     def _packed_on(self, device) -> Packed:
-        parts = {"weight": self.weight.data, **{name: self._buffers[name] for name in self.beside}}
+        parts = {"weight": self.weight.data, **self._beside}
         if device is not None:
             parts = {name: self._on(part, device) for name, part in parts.items()}
         return Packed(self.format, self.shape, parts)
+
+    @property
+    def _beside(self) -> dict[str, Tensor]:
+        """What belongs to the codes that are there now."""
+        parts = {name: self._buffers[name] for name in self.beside}
+        return parts if self.merged is None else {**parts, "weight_scale": self.merged}
 
     @property
     def _as_stored(self) -> bool:
@@ -79,8 +89,9 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def takes_codes(self, x: Tensor) -> bool:
         """True where activations may come as codes: LoRAs and hooks want numbers."""
-        watched = self.branches or self._forward_hooks or self._forward_pre_hooks
-        return not watched and self.format in products.CODED and self.is_native(x)
+        if self.branches or self._forward_hooks or self._forward_pre_hooks:
+            return False
+        return self.format in products.CODED and self.is_native(x)
 
     def from_codes(self, made: products.Made, x: Tensor) -> Tensor:
         comfy.ops.run_every_op()
@@ -122,7 +133,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
         if self._decoded or self._patched:
             return weight
         codes = weight if weight.dtype == self.weight.dtype else weight.to(self.weight.dtype)
-        parts = {name: self._on(self._buffers[name], weight.device) for name in self.beside}
+        parts = {name: self._on(part, weight.device) for name, part in self._beside.items()}
         return Packed(self.format, self.shape, {"weight": codes, **parts}).decode(
             weight.dtype if weight.dtype in PLAIN else self.dtype
         )
@@ -132,10 +143,46 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
         return self.weight.dtype in PLAIN
 
     def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kw):
-        """A patched matrix takes the place of the codes; the host keeps those and puts them back."""
+        """A patched matrix takes the place of the codes; the host keeps those and puts them back: by
+        setting `weight`, or, `inplace_update`, by writing over what stands there."""
         if return_weight:
             return weight
-        self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+        if self.format != products.FP8:
+            if inplace_update:
+                raise Flux2Error(
+                    f"A LoRA that comes and goes during a picture cannot change layers in {self.format}",
+                    "a hook of the host",
+                    "Load this model with precision fp8 or bf16, or use the LoRA for the whole picture",
+                )
+            self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+            return
+        beside = self._beside.get("weight_scale", torch.ones(()))
+        scale = (
+            self._on(beside, weight.device)
+            .float()
+            .reshape(-1, 1)
+            .clamp_min(SMALLEST_AMAX / E4M3_MAX)
+        )
+        if not inplace_update and "weight_scale" in self.beside:
+            # rows that fit keep their scale: where nothing was changed, the codes stay
+            most = torch.linalg.vector_norm(weight, torch.inf, 1, keepdim=True).float()
+            scale = torch.maximum(scale, most / E4M3_MAX)
+        codes = kernels.requantize(weight, scale, seed or 0)
+        if inplace_update:
+            self.weight.data.copy_(codes)
+            return
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.merged = scale if "weight_scale" in self.beside else None
+
+    def __setattr__(self, name: str, value):
+        if name == "weight":  # the host puts the file's codes back: their own scale holds again
+            self.merged = None
+        super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged is not None:
+            destination[f"{prefix}weight_scale"] = self.merged
 
     def _apply(self, fn, recurse: bool = True):
         """Moves between devices; a cast of the network does not reach codes and scales."""
@@ -144,7 +191,9 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
             moved = fn(part)
             return moved if moved.dtype == part.dtype else part.to(moved.device)
 
+        merged = self.merged
         self.weight = nn.Parameter(move(self.weight.data), requires_grad=False)
+        self.merged = merged if merged is None else move(merged)
         for name in self.beside:
             self._buffers[name] = move(self._buffers[name])
         return self

@@ -61,9 +61,20 @@ def angles(points: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Ten
     return cos.reshape(shape), sin.reshape(shape)
 
 
-@lru_cache(maxsize=16)
 def table(text: int, grids: tuple[Grid, ...], bend: tuple, axes_dim, theta, device):
-    """cos, sin of [text, grids], each (T, D / 2), kept between steps."""
+    """cos, sin of [text, grids], each (T, D / 2), kept between steps. A compiled graph makes it anew,
+    on the GPU itself: what is kept would tie it to one size."""
+    make = _table if torch.compiler.is_compiling() else _kept_table
+    return make(text, grids, bend, axes_dim, theta, device)
+
+
+def _table(text: int, grids: tuple[Grid, ...], bend: tuple, axes_dim, theta, device):
     with torch.inference_mode(False), torch.no_grad():
-        cos, sin = angles(torch.cat(ids(text, grids, bend)), axes_dim, theta)
+        points = torch.cat(ids(text, grids, bend))
+        if torch.compiler.is_compiling() and device.type == "cuda":
+            points = points.to(device)
+        cos, sin = angles(points, axes_dim, theta)
     return cos.to(device), sin.to(device)
+
+
+_kept_table = lru_cache(maxsize=16)(_table)

@@ -45,10 +45,13 @@ def steer(
         method=method,
         mask=mask,
     )
+    cache, earlier = options.get(CACHE), options.get(STEPS)
+    if not kit and cache is None and earlier is None:
+        return controls
     begun, step, steps = _progress(options)
-    if (cache := options.get(CACHE)) is not None:
+    if cache is not None:
         cache.step = step
-    if (earlier := options.get(STEPS)) is not None:
+    if earlier is not None:
         earlier.step, earlier.steps = step, steps
     if cache is not None or earlier is not None:
         call = (tuple(options.get("uuids", ())), tuple(options.get("cond_or_uncond", ())))

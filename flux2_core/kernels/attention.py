@@ -5,7 +5,8 @@ multiply in the activations' dtype, DECIBELS for those with 8 bits. Those that p
 attention of each kind (device, dtype, width of a head, lengths in powers of two) beside PyTorch's,
 which stays unless one is WORTH times as fast; the choice holds as long as the program runs.
 FLUX2_ATTENTION, or use(), names one instead. What fails later is switched off, with a line in the
-log. On a CPU, under torch.compile and where gradients are wanted it is always PyTorch's own call.
+log. On a CPU, under torch.compile (but for the log-sum-exp) and where gradients are wanted it is
+always PyTorch's own call.
 """
 
 import logging
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from ..errors import Flux2Error
 from .attention_providers import PROVIDERS, LseKernel, Provider
+from .ops import _library, fp8_linear
 from .table import Row
 
 log = logging.getLogger(__name__)
@@ -119,6 +121,8 @@ class Question:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """q (B, H, Q, D), k, v (B, H, K, D) -> out (B, H, Q, D) [and log-sum-exp (B, H, Q)];
         softmax scale 1 / sqrt(D), no mask."""
+        if torch.compiler.is_compiling() and self.lse and not differentiated(q, k, v):
+            return _opaque_lse(q, k, v)
         if torch.compiler.is_compiling() or type(q) is not Tensor or differentiated(q, k, v):
             return self._stock(q.device, q.dtype, q.shape[3])(q, k, v)
         case = Case(q.device, q.dtype, q.shape[3], _bucket(q.shape[2]), _bucket(k.shape[2]))
@@ -196,6 +200,25 @@ class Question:
 
 
 attention, attention_lse = Question(lse=False), Question(lse=True)
+
+
+# For torch.compile: who gives the log-sum-exp is found by trying, which is nothing to be traced.
+
+
+def _lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out, sums = attention_lse(q, k, v)
+    return out.contiguous(), sums.float().contiguous()
+
+
+def _fake_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+_space = fp8_linear.namespace
+_library(_space).define("attention_lse(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+_library(_space).impl("attention_lse", _lse, "CompositeExplicitAutograd")
+torch.library.register_fake(f"{_space}::attention_lse", _fake_lse, lib=_library(_space))
+_opaque_lse = getattr(torch.ops, _space).attention_lse.default
 
 
 # ------------------------------------------------------------------------------------ right and fast

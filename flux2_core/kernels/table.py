@@ -128,7 +128,7 @@ class Op:
                     "%s: %s is switched off on %s, %s serves instead; %s",
                     self.name, name, device, candidate.name, reason,
                 )  # fmt: skip
-            self.chosen.clear()
+            _forget(self)
             return result
         raise error
 
@@ -155,18 +155,37 @@ def register(
     table = OPS.setdefault(op, Op(op))
     table.candidates = [c for c in table.candidates if c.name != name]
     table.candidates.append(Candidate(name, priority, refuses, call))
-    table.chosen.clear()
+    _forget(table)
+
+
+_changes = 0  # what served before these may not serve now: compiled graphs look at this number
+
+
+def _forget(*ops: Op) -> None:
+    global _changes
+    _changes += 1
+    for op in ops:
+        op.chosen.clear()
 
 
 def serves(op: str, device: torch.device, dtypes: tuple, widths: tuple, rows: int = 4096) -> bool:
     """True where a call of this kind is served by more than plain PyTorch, or where the user has
     named what serves. Remembered until a candidate or the wish changes."""
+    return _serves(op, device, dtypes, widths, rows, _changes)
+
+
+def _serves(op: str, device: torch.device, dtypes, widths, rows: int, changes: int) -> bool:
     table = OPS[op]
     key = (device, dtypes, widths, (rows - 1).bit_length())
     candidate = table.chosen.get(key)
     if candidate is None:
         candidate = table.chosen[key] = table.resolve(_case(key))[0]
     return _wish != OFF and (candidate.name not in DEFINITION or candidate.name in _named)
+
+
+# Constant for torch.compile until `changes` is another, which it guards. The decorator
+# torch.compiler.assume_constant_result does this, but imports the whole compiler.
+_serves._dynamo_marked_constant = True
 
 
 # ---------------------------------------------------------------------------------- the user's wish
@@ -209,8 +228,7 @@ def _set(names: str) -> None:
     except Flux2Error:
         _wish, _named = before, _split(before)
         raise
-    for op in OPS.values():
-        op.chosen.clear()
+    _forget(*OPS.values())
 
 
 def _names() -> tuple[str, ...]:

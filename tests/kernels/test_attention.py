@@ -224,6 +224,18 @@ def test_under_compile_it_is_pytorch(install):
     assert not fake.calls
 
 
+def test_under_compile_the_log_sum_exp_is_one_operation(install):
+    """Found by trying, which is nothing to trace: opaque, with what it makes of fake tensors."""
+    fake = Fake()
+    install(fake, sdpa=1.0, fake=0.1)
+    q, k, v = qkv()
+    compiled = torch.compile(attend_lse, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(q, k, v), explicit(q, k, v), strict=True):
+        assert torch.equal(got, wanted)
+    assert fake.calls
+    torch.library.opcheck(chooser._opaque_lse, (q, k, v))
+
+
 def test_log_sum_exp_by_providers_that_give_it(install):
     with_it, without = Fake("a"), Fake("b", lse=False)
     asked = install(with_it, without, sdpa=1.0, a=0.5, b=0.1)

@@ -111,8 +111,11 @@ def sampled(
     size=(8, 8),
     negative=30,
     prepare=lambda model: model,
+    hooks=(),
 ):
-    """Latents from the host's own sampling call, with a model that `prepare` may patch."""
+    """Latents from the host's own sampling call, with a model that `prepare` may patch; `hooks` for
+    the prompt and the negative."""
+    import comfy.hooks
     import comfy.sample
     import comfy.samplers
 
@@ -124,6 +127,9 @@ def sampled(
     positive, negative = (
         conditioning(seed, rows, **options) for seed, rows in ((1, 24), (2, negative))
     )
+    if hooks:
+        conds = zip((positive, negative), hooks, strict=True)
+        positive, negative = (comfy.hooks.set_hooks_for_conditioning(c, h) for c, h in conds)
     noise = torch.randn(batch, 128, *size, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         return comfy.sample.sample_custom(
