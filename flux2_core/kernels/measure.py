@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Flux2Error
-from . import gemm, replicated, scaled
+from . import decode, gemm, replicated, scaled
 from .reference import quantize_rows
 from .tiles import Tile
 from .tune import Shape
@@ -68,7 +68,9 @@ class Bench:
 
     def next_best(self, op: str) -> Callable[[], Tensor]:
         if op == "fp8_weight_linear":
-            return lambda: scaled.decoded_weight_linear(*self.operands)
+            decoded = self.operands[0].is_cuda
+            product = decode.weight_linear if decoded else scaled.decoded_weight_linear
+            return lambda: product(*self.operands)
         if len(self.operands) > 4:
             return lambda: _steps(*self.operands)
         return lambda: scaled.scaled_mm(*self.operands)
