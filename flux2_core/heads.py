@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from . import kernels
+from .kernels.attention import differentiated
 from .kernels.table import serves
 from .layers import QKNorm
 from .positions import rotate
@@ -59,7 +60,7 @@ def _one_pass(qkv: Tensor, norms: tuple[QKNorm, ...], heads: int, rope: Rope) ->
         w.device == qkv.device and w.dtype == weights[0].dtype and not _changed(layer)
         for w, layer in zip(weights, layers, strict=True)
     )
-    if not ready or not rope or rope[0].ndim != 2:
+    if not ready or not rope or rope[0].ndim != 2 or differentiated(qkv, *weights):
         return False
     widths = (heads, qkv.shape[-1] // (3 * heads))
     return serves("qk_norm_rope", qkv.device, (qkv.dtype, weights[0].dtype), widths)

@@ -1,8 +1,9 @@
-"""Products of quantised weights, and the passes in front of them in one: norm, modulation or activation
-straight to codes, where a layer takes codes.
+"""Products of quantised weights, and the passes around them, each in one read and one write where
+something faster than plain PyTorch serves: norm, modulation and activation, straight to codes where
+a layer takes codes.
 
-A layer that takes them has a `format`, `takes_codes(x)` and `from_codes(made, x)`. Every other layer, and
-every case that the fused passes do not cover, is computed as the stock blocks do, bit for bit.
+A layer that takes them has a `format`, `takes_codes(x)` and `from_codes(made, x)`. Every case that the
+fused passes do not cover is computed as the stock blocks do, bit for bit.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import kernels
 from .formats import Packed
+from .kernels.attention import differentiated
 from .kernels.reference import E4M3
 from .kernels.table import serves
 from .layers import Modulation, swiglu
@@ -105,8 +107,11 @@ def applied(layer: Any, x: Tensor | Codes) -> Tensor:
 
 def modulated(layer: Any, mod: Modulation, x: Tensor) -> Tensor | Codes:
     """(1 + scale) LayerNorm(x) + shift, as `layer` takes it."""
-    if not _plain(mod, x) or not takes_codes(layer, x):
+    if not _plain(mod, x):
         return mod.modulate(x)
+    if not takes_codes(layer, x):
+        one = _one_pass("modulate", x.shape[-1:], x, mod.shift)
+        return kernels.modulate(x, mod.shift, mod.scale) if one else mod.modulate(x)
     if layer.format == FP8:
         return Codes(kernels.modulate_quantize(x, mod.shift, mod.scale), x)
     how = (layer.format, _whole(layer.packed, x))
@@ -117,22 +122,35 @@ def added(
     layer: Any, first: Modulation, second: Modulation, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor | Codes]:
     """x' = x + gate y by the first set -> x', and `modulated` of it by the second."""
-    fused = _plain(first, x) and _plain(second, x) and takes_codes(layer, x)
-    if not fused or layer.format != FP8:
-        x = first.add(x, y)
-        return x, modulated(layer, second, x)
-    modulation = second.shift, second.scale
-    x, codes, scale = kernels.gated_modulate_quantize(x, y, first.gate, *modulation)
-    return x, Codes((codes, scale), x)
+    plain, coded = _plain(first, x) and _plain(second, x), takes_codes(layer, x)
+    sides = first.gate, second.shift, second.scale
+    if plain and coded and layer.format == FP8:
+        x, codes, scale = kernels.gated_modulate_quantize(x, y, *sides)
+        return x, Codes((codes, scale), x)
+    if plain and not coded and _one_pass("gated_modulate", x.shape[-1:], x, y, second.shift):
+        return kernels.gated_modulate(x, y, *sides)
+    x = gated(first, x, y)
+    return x, modulated(layer, second, x)
+
+
+def gated(mod: Modulation, x: Tensor, y: Tensor) -> Tensor:
+    """x + gate y."""
+    one = _plain(mod, x) and _one_pass("gated_add", x.shape[-1:], x, y)
+    return kernels.gated_add(x, y, mod.gate) if one else mod.add(x, y)
 
 
 def activated(layer: Any, hidden: Tensor, attention: Tensor | None = None) -> Tensor:
     """layer([attention, SwiGLU(hidden)]); hidden (B, L, 2n), attention (B, L, m) or none."""
-    if not takes_codes(layer, hidden):
+    coded = takes_codes(layer, hidden)
+    widths = hidden.shape[-1] // 2, 0 if attention is None else attention.shape[-1]
+    beside = hidden if attention is None else attention
+    if not coded and not _one_pass("swiglu", widths, hidden, beside):
         if attention is None:
             return layer(swiglu(hidden))
         return layer(torch.cat((attention, swiglu(hidden)), -1))
     rows, beside = hidden.flatten(0, 1), None if attention is None else attention.flatten(0, 1)
+    if not coded:
+        return layer(_shaped(kernels.swiglu(rows, beside), hidden))
     if layer.format == FP8:
         return layer.from_codes(kernels.swiglu_quantize(rows, beside), hidden)
     how = (layer.format, _whole(layer.packed, hidden))
@@ -142,6 +160,14 @@ def activated(layer: Any, hidden: Tensor, attention: Tensor | None = None) -> Te
 def takes_codes(layer: Any, x: Tensor) -> bool:
     asked = getattr(layer, "takes_codes", None)
     return asked is not None and asked(x)
+
+
+def _one_pass(op: str, widths: tuple[int, ...], x: Tensor, *others: Tensor) -> bool:
+    """True where a kernel serves a pass between numbers. torch.compile fuses such passes itself, and
+    gradients need PyTorch's own."""
+    if torch.compiler.is_compiling() or differentiated(x, *others):
+        return False
+    return serves(op, x.device, tuple(t.dtype for t in (x, *others)), widths)
 
 
 def _plain(mod: Modulation, x: Tensor) -> bool:

@@ -31,7 +31,7 @@ from .layers import (
 from .negatives import Both
 from .negatives import check as check_negative
 from .positions import rope_table
-from .products import Codes, activated, added, applied, modulated
+from .products import Codes, activated, added, applied, gated, modulated
 from .step_cache import Call
 from .stream import STOCK, Controls, Stream
 from .visibility import ReferenceControl, arrange
@@ -84,9 +84,9 @@ class DoubleBlock(nn.Module):
         txt_out, img_out = map(own_rows, out.split((txt.shape[1], img.shape[1]), 1))
 
         img, ready = added(self.img_mlp["0"], img1, img2, img, picture.proj(img_out))
-        img = img2.add(img, feed_forward(self.img_mlp, ready))
+        img = gated(img2, img, feed_forward(self.img_mlp, ready))
         txt, ready = added(self.txt_mlp["0"], txt1, txt2, txt, text.proj(txt_out))
-        txt = txt2.add(txt, feed_forward(self.txt_mlp, ready))
+        txt = gated(txt2, txt, feed_forward(self.txt_mlp, ready))
         return img, txt
 
 
@@ -111,7 +111,7 @@ class SingleBlock(nn.Module):
         if isinstance(rows, slice):  # comparing it would tie a compiled graph to one size
             x, q, hidden, mod = x[:, rows], q[:, :, rows], hidden[:, rows], mod.head()
         out = attend(q, k, v)
-        return mod.add(x, activated(self.linear2, hidden, out))
+        return gated(mod, x, activated(self.linear2, hidden, out))
 
 
 class LastLayer(nn.Module):

@@ -22,6 +22,7 @@ from .ops import (
     requantize,
     swiglu_quantize,
 )
+from .passes import gated_add, gated_modulate, modulate, swiglu
 from .table import Case, register, status, use
 
 __all__ = [
@@ -29,8 +30,11 @@ __all__ = [
     "fp8_linear",
     "fp8_linear_fused",
     "fp8_weight_linear",
+    "gated_add",
+    "gated_modulate",
     "gated_modulate_quantize",
     "int8_linear",
+    "modulate",
     "modulate_quantize",
     "modulate_quantize_blocks",
     "mxfp8_linear",
@@ -41,6 +45,7 @@ __all__ = [
     "register",
     "requantize",
     "status",
+    "swiglu",
     "swiglu_quantize",
     "swiglu_quantize_blocks",
     "use",

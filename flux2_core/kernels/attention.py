@@ -121,9 +121,9 @@ class Question:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
         """q (B, H, Q, D), k, v (B, H, K, D) -> out (B, H, Q, D) [and log-sum-exp (B, H, Q)];
         softmax scale 1 / sqrt(D), no mask."""
-        if torch.compiler.is_compiling() and self.lse and not _differentiated(q, k, v):
+        if torch.compiler.is_compiling() and self.lse and not differentiated(q, k, v):
             return _opaque_lse(q, k, v)
-        if torch.compiler.is_compiling() or type(q) is not Tensor or _differentiated(q, k, v):
+        if torch.compiler.is_compiling() or type(q) is not Tensor or differentiated(q, k, v):
             return self._stock(q.device, q.dtype, q.shape[3])(q, k, v)
         case = Case(q.device, q.dtype, q.shape[3], _bucket(q.shape[2]), _bucket(k.shape[2]))
         choice = self.chosen.get(case) or self._choose(case, q, k, v)
@@ -307,7 +307,7 @@ def _failed(error: Exception) -> str:
     return f"it failed: {type(error).__name__}: {line}"
 
 
-def _differentiated(*tensors: Tensor) -> bool:
+def differentiated(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 

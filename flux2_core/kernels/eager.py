@@ -111,8 +111,9 @@ def qk_norm_rope(
     text_k_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, _, width), dim = qkv.shape, q_weight.shape[0]
-    size = (batch, width // (3 * dim), cos.shape[0], dim)
-    out = [torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(3)]
+    size = (batch, cos.shape[0], width // (3 * dim), dim)
+    like = {"dtype": qkv.dtype, "device": qkv.device}
+    out = [torch.empty(size, **like).transpose(1, 2) for _ in range(3)]
     start, parts = 0, [(qkv, q_weight, k_weight)]
     if text is not None and text_q_weight is not None and text_k_weight is not None:
         parts.insert(0, (text, text_q_weight, text_k_weight))

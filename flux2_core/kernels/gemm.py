@@ -121,7 +121,8 @@ def fp8_gemm(
         elif ACCUMULATE == "block":
             acc = tl.dot_scaled(left, ones_a, "e4m3", right, ones_b, "e4m3", acc)
         else:
-            acc = tl.dot(left, right, acc)
+            # Hopper's own sums have 14 bits: what one slice adds up to goes into float32
+            acc = tl.dot(left, right, acc, max_num_imprecise_acc=BK)
         a += BK
         b += BK
     scale_a = tl.load(scale_a_ptr + row, mask=row < M, other=0.0)

@@ -3,7 +3,7 @@ they make of fake tensors. What each one means is said in `reference`, which imp
 it in `table`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -157,8 +157,9 @@ def _fake_qk_norm_rope(
     args = (qkv, q_weight, k_weight, cos, sin, text, text_q_weight, text_k_weight)
     _fit(_heads_fit(*args), QK_NORM_ROPE, *args)
     dim = q_weight.shape[0]
-    size = (qkv.shape[0], qkv.shape[2] // (3 * dim), cos.shape[0], dim)
-    return qkv.new_empty(size), qkv.new_empty(size), qkv.new_empty(size)
+    size = (qkv.shape[0], cos.shape[0], qkv.shape[2] // (3 * dim), dim)
+    q, k, v = (qkv.new_empty(size).transpose(1, 2) for _ in range(3))
+    return q, k, v
 
 
 def _requantize(weight, scale, seed):
@@ -220,16 +221,17 @@ def _namespace(names: Sequence[str]) -> str:
     raise ImportError(f"PyTorch's namespaces {NAMESPACE}, {NAMESPACE}_2, ... are all taken")
 
 
-def _define() -> dict[str, Callable[..., Any]]:
-    space = _namespace(tuple(SCHEMAS))
+def define(
+    schemas: Mapping[str, str], module: Mapping[str, Any], space: str
+) -> dict[str, Callable[..., Any]]:
+    """Operations of a module: _name is what is called, _fake_name what fake tensors get."""
     made = {}
-    for name, schema in SCHEMAS.items():
+    for name, schema in schemas.items():
         _library(space).define(name + schema)
-        _library(space).impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
-        fake = globals()[f"_fake_{name}"]
+        _library(space).impl(name, module[f"_{name}"], "CompositeExplicitAutograd")
+        fake = module[f"_fake_{name}"]
         torch.library.register_fake(f"{space}::{name}", fake, lib=_library(space))
         made[name] = getattr(getattr(torch.ops, space), name).default
-        register(name, "reference", 0, getattr(reference, name))
     return made
 
 
@@ -242,7 +244,9 @@ def _library(space: str) -> torch.library.Library:
     return _libraries[space]
 
 
-_made = _define()
+_made = define(SCHEMAS, globals(), _namespace(tuple(SCHEMAS)))
+for _op in SCHEMAS:
+    register(_op, "reference", 0, getattr(reference, _op))
 quantize_rows = _made["quantize_rows"]
 modulate_quantize = _made["modulate_quantize"]
 gated_modulate_quantize = _made["gated_modulate_quantize"]

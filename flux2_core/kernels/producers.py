@@ -6,6 +6,7 @@ with a scale for each block, in `block_codes`.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from .block_codes import FORMS, from_rows
 from .reference import E4M3
 from .row_kernels import (
+    gated_add_kernel,
     modulate_quantize_kernel,
     qk_norm_rope_kernel,
     quantize_rows_kernel,
@@ -22,7 +24,8 @@ from .row_kernels import (
 from .table import Case, register
 
 PRIORITY = 100
-HEADS = 8  # heads of one token in one program of qk_norm_rope
+HEADS = 16  # heads of one token in one program of qk_norm_rope
+SAME = "same"  # a form: numbers in the dtype of what comes in
 FLAT = 1024  # elements in one program of requantize
 WIDEST = 32768  # numbers in a row that registers hold
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -38,15 +41,23 @@ def blocks(n: int) -> tuple[int, int]:
 
 
 def row_warps(n: int) -> int:
-    return 4 if n <= 4096 else 8
+    """Warps of a program, by the numbers of a row that it holds. Few are best where a row is summed
+    up several times: 2, 4, 8 and 16 were timed on an H200 at FLUX.2's widths."""
+    return 4 if n <= 6144 else 8 if n <= 16384 else 16
+
+
+def norm_warps(n: int, form: str, gated: bool) -> int:
+    return row_warps(n) if gated or form in FORMS else 2
 
 
 def _lines(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _made(x: Tensor, rows: int, n: int, form: str) -> tuple[Tensor, Tensor, int]:
+def _made(x: Tensor, rows: int, n: int, form: str) -> tuple[Tensor, Any, int]:
     """Memory for codes and scales, and how many tiles of scales lie beside each other."""
+    if form == SAME:
+        return torch.empty((rows, n), dtype=x.dtype, device=x.device), None, 0
     if form == "fp8":
         codes = torch.empty((rows, n), dtype=E4M3, device=x.device)
         return codes, torch.empty((rows, 1), dtype=torch.float32, device=x.device), 0
@@ -92,7 +103,8 @@ def _modulate(
             modulate_quantize_kernel[(batch * rows,)](
                 x, y, gate, shift, scale, None if y is None else new, codes, scales, whole,
                 rows, n, wide, 1 / n, *x.stride()[:2], *y_strides, gate_batch, shift.stride(0),
-                scale.stride(0), FORM=form, GATED=y is not None, A=a, B=b, num_warps=row_warps(n),
+                scale.stride(0), FORM=form, GATED=y is not None, A=a, B=b,
+                num_warps=norm_warps(n, form, y is not None),
             )  # fmt: skip
     return new, codes, scales
 
@@ -135,6 +147,34 @@ def swiglu_quantize(mlp: Tensor, attention: Tensor | None = None) -> tuple[Tenso
     return _swiglu(mlp, attention, "fp8", None)
 
 
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return _modulate(x, None, None, shift, scale, SAME, None)[1].view(x.shape)
+
+
+def gated_modulate(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    new, out, _ = _modulate(x, y, gate, shift, scale, SAME, None)
+    return new, out.view(x.shape)
+
+
+def swiglu(mlp: Tensor, attention: Tensor | None = None) -> Tensor:
+    return _swiglu(mlp, attention, SAME, None)[0]
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    x, y, gate = _lines(x), _lines(y), _lines(gate)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (batch, rows, n), (a, b) = x.shape, blocks(x.shape[2])
+    if batch * rows:
+        with torch.cuda.device_of(x):
+            gated_add_kernel[(batch * rows,)](
+                x, y, gate, out, rows, n, *x.stride()[:2], *y.stride()[:2], gate.stride(0),
+                A=a, B=b, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
 def quantize_blocks(
     x: Tensor, form: str, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +208,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (batch, _, width), dim, total = qkv.shape, q_weight.shape[0], cos.shape[0]
     heads = width // (3 * dim)
-    size = (batch, heads, total, dim)
+    size = (batch, total, heads, dim)
     q, k, v = (torch.empty(size, dtype=qkv.dtype, device=qkv.device) for _ in range(3))
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
     start, parts = 0, [(qkv, q_weight, k_weight)]
@@ -185,7 +225,7 @@ def qk_norm_rope(
                     HEADS=HEADS, D=dim, num_warps=4,
                 )  # fmt: skip
             start += rows
-    return q, k, v
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def requantize(weight: Tensor, scale: Tensor, seed: int) -> Tensor:
@@ -231,6 +271,10 @@ def _row_refuses(case: Case) -> str | None:
     return _refuses(case, 89, sum(case.widths))
 
 
+def _same_refuses(case: Case) -> str | None:
+    return _refuses(case, 80, sum(case.widths), fp8=False)
+
+
 def _heads_refuses(case: Case) -> str | None:
     dim = case.widths[1]
     if dim & (dim - 1) or dim < 16:
@@ -255,6 +299,10 @@ for _op, _call, _refusal in (
     ("modulate_quantize", modulate_quantize, _row_refuses),
     ("gated_modulate_quantize", gated_modulate_quantize, _row_refuses),
     ("swiglu_quantize", swiglu_quantize, _row_refuses),
+    ("modulate", modulate, _same_refuses),
+    ("gated_modulate", gated_modulate, _same_refuses),
+    ("gated_add", gated_add, _same_refuses),
+    ("swiglu", swiglu, _same_refuses),
     ("qk_norm_rope", qk_norm_rope, _heads_refuses),
     ("requantize", requantize, _requantize_refuses),
     ("quantize_blocks", quantize_blocks, _blocks_refuse),
@@ -275,21 +323,37 @@ def _gate():
     gated = dict.fromkeys(("y", "gate", "x_new"), "*bf16")
     outs = {
         "fp8": ({"codes": "*fp8e4nv", "scales": "*fp32"}, {"whole": None}, new),
+        SAME: ({"codes": "*bf16"}, {"whole": None, "scales": None}, old),
         "mxfp8": ({"codes": "*fp8e4nv", "scales": "*u8"}, {"whole": None}, (100, 120)),
         "nvfp4": ({"codes": "*u8", "scales": "*fp8e4nv", "whole": "*fp32"}, {}, (100, 120)),
     }
     for form, (out, none, arches) in outs.items():
         for h in (3072, 4096, 6144):
             one = {"FORM": form, **dict(zip("AB", blocks(h), strict=True)), **none}
-            yield quantize_rows_kernel, rows | out, one, row_warps(h), 1, arches
+            if form != SAME:
+                yield quantize_rows_kernel, rows | out, one, row_warps(h), 1, arches
             alone = one | dict.fromkeys(gated) | {"GATED": False}
-            yield modulate_quantize_kernel, rows | norm | out, alone, row_warps(h), 1, arches
+            warps = norm_warps(h, form, gated=False)
+            yield modulate_quantize_kernel, rows | norm | out, alone, warps, 1, arches
             both = one | dict(zip("ABCD", blocks(3 * h) + blocks(h), strict=True))
             both |= {"BESIDE": True}
             yield swiglu_quantize_kernel, mlp | out, both, row_warps(3 * h), 1, arches
-            if form == "fp8":
+            if form in ("fp8", SAME):
                 types = rows | norm | gated | out
-                yield modulate_quantize_kernel, types, one | {"GATED": True}, row_warps(h), 1, new
+                yield (
+                    modulate_quantize_kernel,
+                    types,
+                    one | {"GATED": True},
+                    row_warps(h),
+                    1,
+                    arches,
+                )
+            if form == SAME:
+                types = dict.fromkeys(("x", "y", "gate", "out"), "*bf16")
+                types |= dict.fromkeys(("rows", "n", "x_batch", "x_row"), "i32")
+                types |= dict.fromkeys(("y_batch", "y_row", "gate_batch"), "i32")
+                widths = {"A": one["A"], "B": one["B"]}
+                yield gated_add_kernel, types, widths, 4, 1, arches
     heads = dict.fromkeys(("qkv", "q_weight", "k_weight", "q", "k", "v"), "*bf16")
     heads |= {"cos": "*fp32", "sin": "*fp32"}
     heads |= dict.fromkeys(("rows", "heads", "start", "total", "qkv_batch", "qkv_row"), "i32")

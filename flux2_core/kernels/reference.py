@@ -93,7 +93,8 @@ def qk_norm_rope(
     text_k_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """qkv (B, L, 3 H D), rows q | k | v, each head-major; weights (D,); cos, sin (T + L, D / 2) as
-    `positions.rope` makes them -> q, k, v (B, H, T + L, D) in qkv's dtype.
+    `positions.rope` makes them -> q, k, v (B, H, T + L, D) in qkv's dtype, a token's heads beside
+    each other in memory: attention's result then lies as the next layer reads it.
 
     q and k are divided by their root mean square (eps 1e-6), weighted and turned. `text`
     (B, T, 3 H D), if given, comes first, with weights of its own.
@@ -102,8 +103,13 @@ def qk_norm_rope(
     if text is not None and text_q_weight is not None and text_k_weight is not None:
         pairs = zip(_heads(text, text_q_weight, text_k_weight), (q, k, v), strict=True)
         q, k, v = (torch.cat(pair, 2) for pair in pairs)
-    q, k = (turned(x, cos, sin).to(qkv.dtype) for x in (q, k))
-    return q, k, v.to(qkv.dtype).clone(memory_format=torch.contiguous_format)
+    q, k, v = (x.to(qkv.dtype) for x in (turned(q, cos, sin), turned(k, cos, sin), v))
+    return by_token(q), by_token(k), by_token(v)
+
+
+def by_token(x: Tensor) -> Tensor:
+    """x (B, H, L, D) -> the same numbers, laid out as (B, L, H, D), never x itself."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _heads(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,8 +3,9 @@
 A row of n numbers is held in registers, in two blocks of A + B: the largest power of two below n
 and what is left. FLUX.2's widths (3072, 4096, 6144 and three times that) leave no lane idle, and
 only block B needs a mask. Arithmetic is in float32. FORM says what becomes of a row: "fp8" (codes
-with one scale), "mxfp8" or "nvfp4" (codes with a scale for each block, in the tensor cores' order).
-What each operation means is said in `reference` and `block_codes`.
+with one scale), "mxfp8" or "nvfp4" (codes with a scale for each block, in the tensor cores' order),
+"same" (numbers, in the dtype of `codes`). What each operation means is said in `reference` and
+`block_codes`.
 """
 
 from __future__ import annotations
@@ -96,7 +97,11 @@ def _quantize(
     FORM: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     """A row in two blocks, float32, v 0 where masked -> its codes and scales, stored."""
-    if FORM == "fp8":
+    if FORM == "same":
+        out = codes + row * n
+        tl.store(out + tl.arange(0, A), u.to(codes.dtype.element_ty))
+        tl.store(out + A + tl.arange(0, B), v.to(codes.dtype.element_ty), mask=mask)
+    elif FORM == "fp8":
         amax, inverse = _inverse(_largest(u, v))
         # nothing exceeds 448 by more than rounding does, and the cast saturates: no clamp
         out = codes + row * n
@@ -159,6 +164,28 @@ def modulate_quantize_kernel(
 
 
 @kernel
+def gated_add_kernel(
+    x, y, gate, out, rows, n, x_batch, x_row, y_batch, y_row, gate_batch,
+    A: tl.constexpr, B: tl.constexpr,
+):  # fmt: skip
+    """x + gate y."""
+    row = tl.program_id(0).to(tl.int64)
+    b, line = row // rows, row % rows
+    i, j = tl.arange(0, A), A + tl.arange(0, B)
+    mask = j < n
+    x += b * x_batch + line * x_row
+    y += b * y_batch + line * y_row
+    gate += b * gate_batch
+    u = tl.load(gate + i).to(tl.float32) * tl.load(y + i).to(tl.float32)
+    u += tl.load(x + i).to(tl.float32)
+    v = tl.load(gate + j, mask=mask, other=0.0).to(tl.float32)
+    v *= tl.load(y + j, mask=mask, other=0.0).to(tl.float32)
+    v += tl.load(x + j, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * n + i, u.to(out.dtype.element_ty))
+    tl.store(out + row * n + j, v.to(out.dtype.element_ty), mask=mask)
+
+
+@kernel
 def _swiglu(mlp, i, n, mask):
     a = tl.load(mlp + i, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(mlp + n + i, mask=mask, other=0.0).to(tl.float32)
@@ -182,7 +209,14 @@ def swiglu_quantize_kernel(
         attention += row * attention_row
         w = tl.load(attention + k)
         z = tl.load(attention + o, mask=o < m, other=0.0)
-    if FORM == "fp8":
+    if FORM == "same":
+        codes += row * (m + n)
+        if BESIDE:
+            tl.store(codes + k, w)
+            tl.store(codes + o, z, mask=o < m)
+        tl.store(codes + m + i, u.to(codes.dtype.element_ty))
+        tl.store(codes + m + j, v.to(codes.dtype.element_ty), mask=j < n)
+    elif FORM == "fp8":
         bits = _largest(u, v)
         if BESIDE:
             bits = tl.maximum(bits, _largest(w.to(tl.float32), z.to(tl.float32)))
@@ -215,14 +249,14 @@ def qk_norm_rope_kernel(
     qkv, q_weight, k_weight, cos, sin, q, k, v, rows, heads, start, total, qkv_batch, qkv_row,
     HEADS: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """`rows` rows of q | k | v -> rows start, start + 1, ... of q, k, v (B, heads, total, D)."""
+    """`rows` rows of q | k | v -> rows start, start + 1, ... of q, k, v (B, total, heads, D)."""
     token = tl.program_id(0).to(tl.int64)
     b, line = token // rows, token % rows
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d, half = tl.arange(0, D)[None, :], tl.arange(0, D // 2)[None, :]
     mask = head[:, None] < heads
     source = qkv + b * qkv_batch + line * qkv_row + head[:, None] * D + d
-    place = ((b * heads + head[:, None]) * total + start + line) * D + d
+    place = ((b * total + start + line) * heads + head[:, None]) * D + d
     c = tl.load(cos + (start + line) * (D // 2) + half)
     s = tl.load(sin + (start + line) * (D // 2) + half)
     x = tl.load(source, mask=mask, other=0.0).to(tl.float32)

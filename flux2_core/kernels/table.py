@@ -18,7 +18,7 @@ from ..errors import Flux2Error
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
+AUTO, OFF = "auto", "off"
 DEFINITION = ("eager", "reference")  # what serves when nothing else may
 
 
@@ -180,7 +180,7 @@ def _serves(op: str, device: torch.device, dtypes, widths, rows: int, changes: i
     candidate = table.chosen.get(key)
     if candidate is None:
         candidate = table.chosen[key] = table.resolve(_case(key))[0]
-    return candidate.name not in DEFINITION or _wish != AUTO
+    return _wish != OFF and (candidate.name not in DEFINITION or candidate.name in _named)
 
 
 # Constant for torch.compile until `changes` is another, which it guards. The decorator
@@ -190,14 +190,21 @@ _serves._dynamo_marked_constant = True
 
 # ---------------------------------------------------------------------------------- the user's wish
 
+
+def _split(wish: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in wish.split(","))
+
+
 _wish = os.environ.get("FLUX2_KERNELS", "").strip() or AUTO
+_named = _split(_wish)
 
 
 class use:
     """use("reference"): from now on, or for a `with` block, these implementations come first.
 
-    auto (the fastest that serves), reference (the definition), eager (plain PyTorch), triton, a
-    provider's name, or several with commas. What they do not serve, plain PyTorch does. The
+    auto (the fastest that serves), off (the model's own layers, bit for bit what they are without
+    this package), reference (the definition), eager (plain PyTorch), triton, a provider's name, or
+    several with commas. What they do not serve, plain PyTorch does. The
     environment's FLUX2_KERNELS says the same at the start. Raises Flux2Error for an unknown name.
     """
 
@@ -213,19 +220,20 @@ class use:
 
 
 def _set(names: str) -> None:
-    global _wish
+    global _wish, _named
     before, _wish = _wish, names
+    _named = _split(names)
     try:
         _names()
     except Flux2Error:
-        _wish = before
+        _wish, _named = before, _split(before)
         raise
     _forget(*OPS.values())
 
 
 def _names() -> tuple[str, ...]:
-    names = tuple(name.strip() for name in _wish.split(","))
-    known = {AUTO} | {c.name for op in OPS.values() for c in op.candidates}
+    names = _named
+    known = {AUTO, OFF} | {c.name for op in OPS.values() for c in op.candidates}
     if unknown := [name for name in names if name not in known]:
         raise Flux2Error(
             "FLUX2_KERNELS names what is not there",

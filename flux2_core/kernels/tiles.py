@@ -54,7 +54,7 @@ TILES: dict[tuple[str, int], dict[str, tuple[Tile, ...]]] = {
     },
     ("fp32", 90): {
         "few": (Tile(64, 128, 128, 4, 4),),
-        "many": (Tile(128, 256, 128, 8, 3),),
+        "many": (Tile(128, 128, 128, 8, 4),),
     },
     ("fp32", 100): {
         "few": (Tile(128, 128, 128, 8, 4),),

@@ -28,7 +28,10 @@ from gpu_stages import blocks, ops, products
 from gpu_stages.bench import Bench
 
 BUDGET = 540.0  # seconds
-TOOLS = ("memcheck", "racecheck")
+TOOLS = {  # stray accesses of any kernel; races of our passes: it fails in Hopper's products
+    "memcheck": ("correctness", "accuracy", "blocks"),
+    "racecheck": ("correctness",),
+}
 
 
 class Stage(NamedTuple):
@@ -40,7 +43,8 @@ STAGES = {
     "device": Stage(ops.device, 0),
     "served": Stage(ops.served, 0),
     "ceilings": Stage(ops.ceilings, 15),
-    "correctness": Stage(ops.correctness, 40),
+    "correctness": Stage(ops.correctness, 30),
+    "accuracy": Stage(ops.accuracy, 10),
     "bandwidth": Stage(ops.bandwidth, 40),
     "blocks": Stage(blocks.blocks, 120),
     "step": Stage(blocks.step, 40),
@@ -80,10 +84,13 @@ def sanitize(out: report.Report) -> None:
             "There is no compute-sanitizer here: it comes with the CUDA toolkit.", file=sys.stderr
         )
         sys.exit(2)
-    for name in TOOLS:
-        command = [tool, f"--tool={name}", "--error-exitcode=9", sys.executable, __file__]
-        command += ["--small", "--force", "--only", "correctness", "blocks"]
-        code = subprocess.run(command).returncode
+    exact = os.environ | {
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"
+    }  # each tensor has bounds of its own
+    for name, stages in TOOLS.items():
+        command = [tool, f"--tool={name}", "--error-exitcode=9"]
+        command += [sys.executable, __file__, "--small", "--force", "--only", *stages]
+        code = subprocess.run(command, env=exact).returncode
         out.add(f"compute-sanitizer {name}", "clean", float(code != 9), "", at_least=1)
 
 

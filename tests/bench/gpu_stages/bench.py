@@ -85,13 +85,17 @@ class Bench:
 
     # -------------------------------------------------------------------------------------- timing
 
-    def seconds(self, calls: Sequence[Callable], times: int = 20, warm: int = 3) -> float:
+    def seconds(
+        self, calls: Sequence[Callable], times: int = 20, warm: int = 3, row: int = 1
+    ) -> float:
         """The median time of a call. `calls` do the same on inputs of their own, in turn; before each
-        the cache is flushed, and the card waits until all is queued. Random inputs: zeros are faster."""
-        return self.each({"": calls}, times, warm)[""]
+        the cache is flushed, and the card waits until all is queued. Random inputs: zeros are faster.
+        `row` calls are queued one after another and share the time: what a model pays for one, without
+        the few microseconds that the clock itself takes."""
+        return self.each({"": calls}, times, warm, row)[""]
 
     def each(
-        self, calls: dict[str, Sequence[Callable]], times: int = 20, warm: int = 3
+        self, calls: dict[str, Sequence[Callable]], times: int = 20, warm: int = 3, row: int = 1
     ) -> dict[str, float]:
         """The same for several, measured in turn: what a warm card loses, all lose."""
         if self.small:
@@ -102,24 +106,27 @@ class Bench:
         taken: dict[str, list] = {name: [] for name in calls}
         for i in range(times):
             for name, some in calls.items():
-                taken[name].append(self._once(some[i % len(some)]))
+                taken[name].append(self._once([some[(i + j) % len(some)] for j in range(row)]))
         if self.cuda:
             torch.cuda.synchronize(self.device)
-        return {
-            name: median(t if isinstance(t, float) else t[0].elapsed_time(t[1]) / 1e3 for t in some)
-            for name, some in taken.items()
-        }
+        return {name: median(self._read(t) for t in some) / row for name, some in taken.items()}
 
-    def _once(self, call: Callable):
+    @staticmethod
+    def _read(taken) -> float:
+        return taken if isinstance(taken, float) else taken[0].elapsed_time(taken[1]) / 1e3
+
+    def _once(self, calls: list[Callable]):
         if not self.cuda:
             begun = time.perf_counter()
-            call()
+            for call in calls:
+                call()
             return time.perf_counter() - begun
         self._flush().zero_()
         torch.cuda._sleep(HEAD_START)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        call()
+        for call in calls:
+            call()
         end.record()
         return start, end
 

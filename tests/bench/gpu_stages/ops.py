@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from gpu_stages.bench import Bench, decibels, differing, error, numbers
 
 from flux2_pack.flux2_core import kernels
-from flux2_pack.flux2_core.kernels import reference, scaled
+from flux2_pack.flux2_core.kernels import gemm, reference, scaled
 from flux2_pack.flux2_core.kernels.reference import E4M3
+from flux2_pack.flux2_core.kernels.tiles import Tile
 from flux2_pack.flux2_core.positions import rope_table
 
 HEAD = 128
 COPIED = {"K1": 0.80, "K1 gated": 0.80, "K2": 0.80, "K3": 0.75}  # shares of a copy's bandwidth
 CODES_DIFFER, DECIBELS, BF16_DECIBELS = 0.005, 31.3, 55.0
+OWN, SLICED, ALONE = Tile(128, 128, 128, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)
+NUMBERS = ("modulate", "gated_modulate", "gated_add", "swiglu")  # the passes without codes
+IN_A_ROW = 12  # calls of a pass that share a time
 PRECISE, FAST = 2.0e-3, 4.0e-3  # errors of the scaled product, bfloat16's rounding included
 
 
@@ -62,14 +66,15 @@ def copied(b: Bench) -> float:
 
 
 def accumulating(fast: bool, *args) -> Callable:
-    """fp8_linear, by the library where there is one, with or without fast accumulation."""
+    """fp8_linear, by the library where there is one, with or without fast accumulation at any depth."""
 
     def run():
-        before, scaled.fast_accumulate = scaled.fast_accumulate, fast
+        before = scaled.fast_accumulate, scaled.FAST_DEPTH
+        scaled.fast_accumulate, scaled.FAST_DEPTH = fast, 1 << 30
         try:
             return (scaled.scaled_mm if args[0].is_cuda else kernels.fp8_linear)(*args)
         finally:
-            scaled.fast_accumulate = before
+            scaled.fast_accumulate, scaled.FAST_DEPTH = before
 
     return run
 
@@ -105,6 +110,10 @@ def jobs(b: Bench, hidden: int, rows: int, seed: int = 0) -> Iterator[Job]:
     packed = wide[None, :, : 3 * h]
     table = 2 * 4 * rows * HEAD // 2
     yield Job("K3", "qk_norm_rope", (packed, *weights, *rope), 12 * rows * h + table)
+    yield Job("norm", "modulate", (x, shift, scale), 4 * rows * h)
+    yield Job("gate, norm", "gated_modulate", gated, 8 * rows * h)
+    yield Job("gate", "gated_add", gated[:3], 6 * rows * h)
+    yield Job("SwiGLU", "swiglu", (wide[:, 3 * h :], y[0]), read + 2 * rows * (h + n))
 
 
 def _rope(b: Bench, text: int, rows: int):
@@ -123,7 +132,11 @@ def correctness(b: Bench) -> None:
         kernels.requantize(weight.to(d), scale.to(d), 7) for d in (b.device, torch.device("cpu"))
     )
     b.out.add("requantize", "codes unlike the CPU's", differing(got, wanted), "", at_most=0.0)
-    for depth in (512,) if b.small else (6144, 24576):
+
+
+def accuracy(b: Bench) -> None:
+    """Products of codes beside float64, the library's and ours."""
+    for depth in (512,) if b.small else (6144, 18432, 24576):
         _products(b, depth)
 
 
@@ -131,6 +144,10 @@ def _compare(b: Bench, job: Job, case: str) -> None:
     """An operation here beside its definition on the CPU."""
     got = getattr(kernels, job.op)(*job.arguments)
     arguments = [a.cpu() for a in job.arguments]
+    if job.op in NUMBERS:
+        made = got if isinstance(got, tuple) else (got,)
+        near = decibels(made[-1].cpu(), _plain(job.op, arguments).view(made[-1].shape))
+        return b.out.add(case, "beside float64", near, "dB", at_least=BF16_DECIBELS)
     wanted = getattr(reference, job.op)(*arguments)
     if job.op == "qk_norm_rope":
         exact = getattr(reference, job.op)(*(a.double() for a in arguments))
@@ -154,9 +171,11 @@ def _compare(b: Bench, job: Job, case: str) -> None:
 def _plain(op: str, arguments: list) -> torch.Tensor:
     """What the codes stand for, in float64."""
     a = [x.double() for x in arguments]
-    if op == "swiglu_quantize":
+    if op.startswith("swiglu"):
         return reference.activated(*a)
-    if op == "gated_modulate_quantize":
+    if op == "gated_add":
+        return reference.gated(*a)
+    if op.startswith("gated_modulate"):
         x = reference.gated(*arguments[:3]).double()  # the norm is of the rounded stream
         a = [x, *a[3:]]
     return reference.modulated(*a).flatten(0, 1)
@@ -173,8 +192,13 @@ def _products(b: Bench, depth: int) -> None:
     for name, fast, limit in limits:
         got = accumulating(fast, codes, scale, weight, w_scale)()
         far = error(got, wanted)
+        limit = (
+            limit if depth <= scaled.FAST_DEPTH or not fast else None
+        )  # told, and not used there
         # by way of bfloat16, as on a CPU, it is rounded twice
-        b.out.add(f"fp8 product, K {depth}", f"error, {name}", far, "", at_most=b.bound(limit))
+        b.out.add(
+            f"fp8 product, K {depth}", f"error, {name}", far, "", at_most=limit and b.bound(limit)
+        )
     got = kernels.fp8_weight_linear(x, weight, w_scale)
     far = error(got, x.double() @ numbers(weight, w_scale).double().T)
     b.out.add(f"weights alone fp8, K {depth}", "error", far, "", at_most=b.bound(FAST))
@@ -182,17 +206,51 @@ def _products(b: Bench, depth: int) -> None:
     near = decibels(accumulating(True, codes, scale, weight, w_scale)(), plain)
     b.out.add(f"fp8 product, K {depth}", "beside bf16 weights", near, "dB", at_least=28.3)
     assert codes.dtype == E4M3
+    if b.cuda and not torch.version.hip:
+        _own_products(b, x, (codes, scale), (weight, w_scale))
+
+
+def _own_products(b: Bench, x, left: tuple, right: tuple) -> None:
+    """Our own products as they run on this card, whether or not it is one they are meant for: plain,
+    with everything in the epilogue, in float16 slices, and of fp8 weights alone."""
+    (codes, scale), (weight, w_scale) = left, right
+    (rows, depth), columns = codes.shape, weight.shape[0]
+    residual, gate = b.randn(rows, columns, seed=2), b.randn(columns, seed=3)
+    low, up = b.randn(rows, 24, seed=4), b.randn(columns, 24, scale=0.1, seed=5)
+    plain = numbers(codes, scale).double() @ numbers(weight, w_scale).double().T
+    whole = residual.double() + gate.double() * (plain + low.double() @ up.double().T)
+    parts = gemm.Epilogue(residual, gate, low, up)
+    small, base = gemm.ACTIVATION_MAX[SLICED.k] / 448, weight.clone()
+    narrow = ((codes.float() * small).to(E4M3), scale / small)
+    gemm.rebase(base)
+    w_based = w_scale * gemm.REBASE
+    sliced = numbers(*narrow).double() @ numbers(base, w_based).double().T
+    alone = x.double() @ numbers(weight, w_scale).double().T
+    calls = {
+        "plain": (partial(gemm.fp8, codes, scale, weight, w_scale, OWN, "fp32"), plain),
+        "with gate, residual and LoRA": (
+            partial(gemm.fp8, codes, scale, weight, w_scale, OWN, "fp32", epilogue=parts),
+            whole,
+        ),
+        "in float16 slices": (partial(gemm.fp8, *narrow, base, w_based, SLICED, "fp16"), sliced),
+        "of fp8 weights alone": (partial(gemm.weight_only, x, weight, w_scale, ALONE), alone),
+    }
+    for name, (call, wanted) in calls.items():
+        far = error(call(), wanted)
+        limit = FAST if name == "in float16 slices" else PRECISE
+        b.out.add(f"our product, K {depth}", f"error, {name}", far, "", at_most=limit)
 
 
 def bandwidth(b: Bench) -> None:
-    """Each pass beside a plain copy of as many bytes, and beside its eager definition."""
+    """Each pass beside the rate of a plain copy, and beside its eager definition. Calls follow each
+    other, as in a model; a set of inputs comes back when the others have emptied the cache of it."""
     rows = 40 if b.small else 4608
     for name, model in b.models.items():
-        sets = [list(jobs(b, model.hidden, rows, seed=10 * i)) for i in range(1 if b.small else 3)]
+        sets = [list(jobs(b, model.hidden, rows, seed=10 * i)) for i in range(1 if b.small else 4)]
         for some in zip(*sets, strict=True):
             job = some[0]
             run = getattr(kernels, job.op)
-            taken = b.seconds([partial(run, *s.arguments) for s in some])
+            taken = b.seconds([partial(run, *s.arguments) for s in some], row=IN_A_ROW)
             share = job.bytes / taken / b.copy if b.copy else 0.0
             case = f"{job.name}, {job.op}, {name}"
             bound = b.bound(COPIED[job.name]) if job.name in COPIED else None
