@@ -1,6 +1,7 @@
 """Precision of layers in the host: chosen in the loader, with LoRA, offload, compile and the guard."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ from safetensors.torch import save_file
 
 from flux2_pack.flux2_core import kernels
 from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.formats import encode
 from flux2_pack.flux2_core.kernels import table
 from flux2_pack.flux2_core.kernels.reference import fp8_linear
 from flux2_pack.flux2_core.precision import without_codes
+from flux2_pack.flux2_core.quantised import BLOCK_LINEARS
 from flux2_pack.tests.core.toys import decibels
 from flux2_pack.tests.nodes import toy
 
@@ -124,8 +127,19 @@ def test_offloaded_codes_are_multiplied_as_codes(graph):
     assert torch.equal(*outs)
 
 
-def test_a_step_that_overflows_is_repeated_in_the_host(graph, monkeypatch, caplog):
+@pytest.mark.parametrize("cached", [None, "Flux2KitReferenceCache", "Flux2KitStepCache"])
+def test_a_step_that_overflows_is_repeated_in_the_host(graph, monkeypatch, caplog, cached):
+    """Without what the first try left in caches."""
     model = load(graph, precision="fp8")
+    if cached == "Flux2KitReferenceCache":  # an exact one, which keeps what it has once made
+        state = toy.transformer(toy.KLEIN, 1)
+        for name in [
+            name for name in state if BLOCK_LINEARS.fullmatch(name.removesuffix(".weight"))
+        ]:
+            state[name] = encode(state[name], "float8_e4m3fn")
+        model = toy.ours(replace(toy.KLEIN, kv_references=True), state)
+    if cached:
+        model = graph.call(cached, model=model)[0]
     layer = layers(model)["single_blocks.0.linear1"]
     with without_codes(model.model.diffusion_model):
         wanted = toy.sampled(model)
