@@ -355,16 +355,26 @@ class Model(comfy.model_base.Flux2):
     def encode_adm(self, **kwargs):
         return None  # FLUX.2 has no pooled text
 
-    def _apply_model(self, *args, **kwargs):
+    def _apply_model(
+        self,
+        x,
+        t,
+        c_concat=None,
+        c_crossattn=None,
+        control=None,
+        transformer_options=None,
+        **kwargs,
+    ):
         """The host's pass; one that fp8 made overflow is repeated without it."""
-        options = kwargs.get("transformer_options") or {}
+        options = {} if transformer_options is None else transformer_options
 
         def forget():
             for key in (CACHE, STEPS):
                 if (cache := options.get(key)) is not None:
                     cache.clear()
 
-        run = partial(super()._apply_model, *args, **kwargs)
+        run = super()._apply_model
+        run = partial(run, x, t, c_concat, c_crossattn, control, options, **kwargs)
         return guarded(self.diffusion_model, run, forget)
 
     def extra_conds(self, **kwargs):

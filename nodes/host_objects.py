@@ -91,8 +91,10 @@ def build_model(
     compute(network, wanted)
     if not memory.is_device_cpu(devices["offload_device"]):
         model.to(devices["offload_device"])
-    patcher = patch(model, **devices, reload=reload, disable_dynamic=disable_dynamic)
-    if any(isinstance(layer, host_quant.QuantLinear) for layer in network.modules()):
+    coded = any(isinstance(layer, host_quant.QuantLinear) for layer in network.modules())
+    # What faults weights in does so for the host's own layers: codes would cross the bus at each use.
+    patcher = patch(model, **devices, reload=reload, disable_dynamic=disable_dynamic or coded)
+    if coded:
         # for speed the host would keep patched numbers, and copy them onto codes at the next step
         patcher.set_hook_mode(comfy.hooks.EnumHookMode.MinVram)
     model.load_model_weights(dict(state), "", **assign(patcher))

@@ -66,7 +66,7 @@ def modulate_quantize(
 ) -> tuple[Tensor, Tensor]:
     batch, rows, width = x.shape
     codes, scales = _made(x, batch * rows, width)
-    places = [t.view(batch, rows, -1) for t in (codes, scales)]
+    places = [t.unflatten(0, (batch, rows)) for t in (codes, scales)]
     for b in range(batch):
         sides = shift[b].float(), 1 + scale[b].float(), maximum
         for part in _chunks(rows, width, x.device):
@@ -85,7 +85,7 @@ def gated_modulate_quantize(
     batch, rows, width = x.shape
     new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     codes, scales = _made(x, batch * rows, width)
-    places = [t.view(batch, rows, -1) for t in (codes, scales)]
+    places = [t.unflatten(0, (batch, rows)) for t in (codes, scales)]
     for b in range(batch):
         sides, g = (shift[b].float(), 1 + scale[b].float(), maximum), gate[b].float()
         for part in _chunks(rows, width, x.device):

@@ -4,13 +4,14 @@ import importlib.metadata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..products import NATIVE, native
 from . import attention
-from .reference import E4M3
-from .table import Row, architecture, serves, status
+from .table import Row, architecture, status
 
 OPS = {
     "quantize_rows": "rounding to fp8",
@@ -131,14 +132,13 @@ def _stored(layer: nn.Module, weight: torch.Tensor, device: torch.device) -> str
     if form is None or weight.dtype in (torch.bfloat16, torch.float16, torch.float32):
         changed = ", patched" if form is not None else ""
         return FORMATS.get(dtype, dtype) + changed
-    name = FORMATS.get(form, form)
+    name, chosen = FORMATS.get(form, form), getattr(layer, "compute", "weights") == "fp8"
+    packed: Any = getattr(layer, "packed", None)
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
+    if chosen and packed is not None and form in NATIVE and native(packed, like):
+        return f"{name}, multiplied in {name}"
     if form != "float8_e4m3fn":
         return f"{name}, decoded at each use"
-    if getattr(layer, "compute", "weights") != "fp8":
+    if not chosen:
         return f"{name} weights only, multiplied in bf16"
-    scale = getattr(layer, "scale", None)
-    shape = getattr(layer, "shape", tuple(weight.shape))
-    widths = (*shape, 1 if scale is None else scale.numel())
-    if serves("fp8_linear", device, (E4M3, E4M3, torch.bfloat16), widths):
-        return f"{name}, multiplied in fp8"
     return f"{name}, multiplied in bf16: nothing here does it in fp8"

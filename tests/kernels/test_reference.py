@@ -201,6 +201,15 @@ def test_eager_codes_are_the_definitions(monkeypatch, chunk):
     )
 
 
+def test_eager_of_no_rows_at_all():
+    """References that are computed alone stand beside an empty text and picture."""
+    x, part = torch.randn(2, 0, 32), torch.randn(2, 1, 32)
+    made = eager.modulate_quantize(x, part, part)
+    assert [tuple(t.shape) for t in made] == [(0, 32), (0, 1)]
+    made = eager.gated_modulate_quantize(x, x, part, part, part)
+    assert [tuple(t.shape) for t in made] == [(2, 0, 32), (0, 32), (0, 1)]
+
+
 def test_eager_heads_are_the_definitions(monkeypatch):
     monkeypatch.setattr(eager, "CPU_CHUNK", 1000)
     qkv, text = (torch.randn(2, n, 3 * 4 * 16 + 8)[..., :192].bfloat16() for n in (7, 5))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from flux2_pack.flux2_core.formats import encode
-from flux2_pack.flux2_core.kernels import attention, use, words
+from flux2_pack.flux2_core.kernels import attention, table, use, words
 from flux2_pack.flux2_core.kernels.table import Row
 from flux2_pack.flux2_core.quantised import QuantLinear
 
@@ -36,7 +36,21 @@ def test_layers_are_counted_by_what_they_are():
         "1 layer: NVFP4, decoded at each use",
     ]
     with use("eager"):  # asked for by name
-        assert "2 layers: fp8, multiplied in fp8" in list(words.layers(made, CPU))
+        told = list(words.layers(made, CPU))
+        assert "2 layers: fp8, multiplied in fp8" in told
+        assert "1 layer: NVFP4, multiplied in NVFP4" in told
+
+
+def test_a_layer_is_asked_about_with_the_scales_that_it_has(monkeypatch):
+    """A candidate that takes one scale alone does not multiply weights with one for each row."""
+    op = table.OPS["fp8_linear"]
+    monkeypatch.setattr(op, "candidates", list(op.candidates))
+    table.register(
+        "fp8_linear", "torch", 999, print, lambda case: "rows" if case.widths[2] > 1 else None
+    )
+    told = list(words.layers(network(quantised("float8_e4m3fn")), CPU))
+    op.chosen.clear()
+    assert told == ["1 layer: fp8, multiplied in bf16: nothing here does it in fp8"]
 
 
 def test_a_patched_layer_is_told():

@@ -1,6 +1,7 @@
 """Precision of layers in the host: chosen in the loader, with LoRA, offload, compile and the guard."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ from safetensors.torch import save_file
 from flux2_pack.flux2_core import kernels, narrow
 from flux2_pack.flux2_core.errors import Flux2Error
 from flux2_pack.flux2_core.kernels import table, tune
+
+from flux2_pack.flux2_core.formats import encode
+from flux2_pack.flux2_core.kernels import table
 from flux2_pack.flux2_core.kernels.reference import fp8_linear
 from flux2_pack.flux2_core.kernels.tiles import Tile
 from flux2_pack.flux2_core.precision import without_codes
+from flux2_pack.flux2_core.quantised import BLOCK_LINEARS
 from flux2_pack.tests.core.toys import decibels
 from flux2_pack.tests.nodes import toy
 
@@ -125,8 +130,19 @@ def test_offloaded_codes_are_multiplied_as_codes(graph):
     assert torch.equal(*outs)
 
 
-def test_a_step_that_overflows_is_repeated_in_the_host(graph, monkeypatch, caplog):
+@pytest.mark.parametrize("cached", [None, "Flux2KitReferenceCache", "Flux2KitStepCache"])
+def test_a_step_that_overflows_is_repeated_in_the_host(graph, monkeypatch, caplog, cached):
+    """Without what the first try left in caches."""
     model = load(graph, precision="fp8")
+    if cached == "Flux2KitReferenceCache":  # an exact one, which keeps what it has once made
+        state = toy.transformer(toy.KLEIN, 1)
+        for name in [
+            name for name in state if BLOCK_LINEARS.fullmatch(name.removesuffix(".weight"))
+        ]:
+            state[name] = encode(state[name], "float8_e4m3fn")
+        model = toy.ours(replace(toy.KLEIN, kv_references=True), state)
+    if cached:
+        model = graph.call(cached, model=model)[0]
     layer = layers(model)["single_blocks.0.linear1"]
     with without_codes(model.model.diffusion_model):
         wanted = toy.sampled(model)
@@ -214,7 +230,11 @@ def test_the_hosts_own_patch_on_a_re_based_layer(graph, tuned):
     assert patched.add_patches({key: ("diff", (torch.ones(layer.shape),))}, 0.5)
     model.detach()
     patched.load(patched.load_device, full_load=True)
-    assert torch.equal(layer.weight.data, (decoded + 0.5).to(layer.weight.dtype))
+    merged = layer.packed.decode()  # codes again, with scales of their own
+    assert layer.weight.dtype == torch.float8_e4m3fn and not narrow.is_rebased(layer.held)
+    assert decibels(merged, decoded + 0.5) > 28  # seen 29.6
+    toy.sampled(patched)  # does not re-base what a patch was worked into
+    assert not narrow.is_rebased(layer.held)
     patched.detach()
     assert narrow.is_rebased(layer.held) and agree(pieces(model), before)
     assert torch.equal(toy.sampled(model), made)

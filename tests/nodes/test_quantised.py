@@ -313,3 +313,22 @@ def test_weights_that_the_host_faults_in_lazily(host, monkeypatch):
     stored = state["single_blocks.0.linear1.weight"].parts["weight"]
     assert layer.weight.data_ptr() == stored.data_ptr()
     assert toy.difference(toy.sampled(model), toy.sampled(whole)) < 1e-5  # observed 0
+
+
+def test_codes_stay_on_the_device_between_steps(host, monkeypatch):
+    """Newer hosts fault weights in at use, on a GPU: through their own layers, which ours are not. A
+    MODEL of codes takes the older way, by which the host loads layers once."""
+    import comfy.model_patcher as patcher
+
+    from flux2_pack.nodes import host_objects
+
+    class Dynamic(patcher.ModelPatcher):
+        def is_dynamic(self):
+            return True
+
+    monkeypatch.setattr(patcher, "CoreModelPatcher", Dynamic, raising=False)
+    monkeypatch.setattr(host_objects, "assign", lambda patcher: {})
+    state = toy.transformer(toy.KLEIN, 1)
+    assert toy.ours(toy.KLEIN, dict(state)).is_dynamic()
+    packed = toy.ours(toy.KLEIN, quantised(state, "float8_e4m3fn"))
+    assert not isinstance(packed, Dynamic)
