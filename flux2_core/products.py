@@ -229,7 +229,8 @@ def _one_pass(layer: Any, mod: Modulation, x: Tensor, y: Tensor) -> Form | None:
     watched = layer._forward_hooks or layer._forward_pre_hooks
     if watched or not layer.is_native(y) or not are_low_rank(layer.branches):
         return None
-    best = form(layer, y, True, bool(layer.branches))
+    low = any(change.strength for change in layer.branches)
+    best = form(layer, y, True, low)
     return best if best.fused else None
 
 

@@ -1,6 +1,6 @@
 """What our own matrix product gains on this card, measured there once and remembered.
 
-Nothing is measured unless asked (`python3 dev.py bench tune`): it takes a minute and the card for
+Nothing is measured unless asked (`python3 dev.py bench tune`): it takes minutes and the card for
 itself. Until then, and wherever our kernel is not at least WORTH times as fast as the next best,
 it stays off. Results are kept in the user's cache folder, apart for each card, driver and version
 of PyTorch and Triton.
