@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .beside import Branch, Change
 from .configs import VARIANTS, TransformerConfig
 from .errors import Flux2Error
 from .files import open_checkpoint
@@ -291,50 +291,49 @@ class Applied:
     def __init__(
         self, model: Flux2Transformer, deltas: Iterable[Delta], report: Report, strength: float
     ):
-        self.report, self.strength = report, strength
-        width = model.config.hidden_size
-        self.hooks = []
+        self.report = report
+        self.changes: list[Change] = []
+        self.undo: list[Callable[[], None]] = []
         for delta in deltas:
             layer = model.get_submodule(delta.place.layer)
-            branch = Branch(delta, partial(weight_of, layer), width)
-            self.hooks.append(layer.register_forward_hook(self._hook(branch)))
+            branch = Branch(delta, partial(weight_of, layer), model.config.hidden_size)
+            self.changes.append(Change(branch, strength))
+            self.undo.append(_beside(layer, self.changes[-1]))
+        self.strength = strength
 
-    def _hook(self, branch: "Branch"):
-        return lambda layer, args, out: branch(args[0], out, self.strength)
+    @property
+    def strength(self) -> float:
+        return self._strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        self._strength = strength
+        for change in self.changes:
+            change.strength = strength
 
     def remove(self) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        self.hooks = []
+        for undo in self.undo:
+            undo()
+        self.undo = []
 
     def __str__(self) -> str:
         return str(self.report)
 
 
-class Branch:
-    """One change beside its layer: low rank where it is a product, else the whole matrix.
+def _beside(layer: nn.Module, change: Change) -> Callable[[], None]:
+    """-> what takes it off again."""
 
-    `weight` gives the layer's whole weight, which DoRA needs; `width` is the model's.
-    """
+    def hook(_, args, out: Tensor) -> Tensor:
+        return change(args[0], out)
 
-    def __init__(self, delta: Delta, weight: Callable[[], Tensor], width: int):
-        self.rows = delta.span(width)
-        factors = delta.factors
-        if factors is None:
-            factors = (delta.matrix(weight()[self.rows] if "dora" in delta.parts else None),)
-        self.factors = factors
+    if not isinstance(layer, QuantLinear):
+        return layer.register_forward_hook(hook).remove
+    layer.branches = (*layer.branches, change)
 
-    def __call__(self, x: Tensor, out: Tensor, strength: float) -> Tensor:
-        if not strength:
-            return out
-        y = x
-        for factor in self.factors:
-            y = F.linear(y, factor.to(x))
-        if self.rows == slice(None):
-            return out + strength * y
-        out = out.clone()
-        out[..., self.rows] += strength * y
-        return out
+    def remove() -> None:
+        layer.branches = tuple(other for other in layer.branches if other is not change)
+
+    return remove
 
 
 def apply(model: Flux2Transformer, path: str | Path, strength: float = 1.0) -> Applied:

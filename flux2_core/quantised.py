@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import products
+from . import narrow, products
 from .errors import Flux2Error
 from .formats import FORMATS, FP8, MXFP8_BLOCK, NVFP4_BLOCK, Packed, encode
 
@@ -178,39 +178,67 @@ def _check(name: str, form: str, shape, codes: Tensor, found: Mapping[str, Tenso
 class QuantLinear(nn.Module):
     """y = x W'. Its tensors keep their dtypes whatever the network is cast to.
 
+    `branches` are changes beside it, (x, y) -> y: LoRAs. `held` is what products take, re-based
+    where a card wants that (narrow.py), `packed` the file's own tensors.
     `compute` "fp8": activations are made codes of the same kind, where the device multiplies those
     (fp8, MXFP8, NVFP4, INT8); "weights": W is decoded at each call, in x's dtype.
     """
 
     compute = "fp8"
+    branches: tuple = ()
+    rebases = True  # False where others hold its tensors
     weight: Tensor
 
     def __init__(self, packed: Packed):
         super().__init__()
         self.format, self.shape = packed.format, packed.shape
+        self.hold(packed)
+
+    def hold(self, packed: Packed) -> None:
+        """Its tensors from now on."""
+        self._buffers.clear()
         for name, part in packed.parts.items():
             self.register_buffer(name, part)
 
     @property
-    def packed(self) -> Packed:
+    def held(self) -> Packed:
         return Packed(self.format, self.shape, dict(self.named_buffers(recurse=False)))
+
+    @property
+    def packed(self) -> Packed:
+        return narrow.original(self.held)
 
     def is_native(self, x: Tensor) -> bool:
         """True where activations are multiplied as codes."""
         if self.compute != "fp8" or self.format not in products.NATIVE:
             return False
-        return products.native(self.packed, x)
+        return products.native(self.held, x)
 
     def takes_codes(self, x: Tensor) -> bool:
-        """True where activations may come as codes: hooks (LoRAs) want numbers."""
-        hooked = self._forward_hooks or self._forward_pre_hooks
-        return not hooked and self.format in products.CODED and self.is_native(x)
+        """True where activations may come as codes: LoRAs and hooks want numbers."""
+        watched = self.branches or self._forward_hooks or self._forward_pre_hooks
+        return not watched and self.format in products.CODED and self.is_native(x)
 
-    def from_codes(self, made: products.Made, x: Tensor) -> Tensor:
-        return products.from_codes(made, self.packed, x)
+    def from_codes(
+        self, made: products.Made, x: Tensor, small: bool = False, after: Any = None
+    ) -> Tensor:
+        return products.from_codes(made, self.held, x, small, after)
 
     def forward(self, x: Tensor) -> Tensor:
-        return products.product(x, self.packed, self.is_native(x))
+        how = products.form(self, x) if self.is_native(x) else None
+        out = products.product(x, self.held, how)
+        for branch in self.branches:
+            out = branch(x, out)
+        return out
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        for name, part in self.packed.parts.items():
+            destination[prefix + name] = part if keep_vars else part.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        if narrow.is_rebased(self.held):
+            self.hold(self.packed)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         """Moves between devices; a cast of the network does not reach codes and scales."""

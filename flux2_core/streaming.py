@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .quantised import QuantLinear
 from .transformer import Flux2Transformer
 
 ALIGN = 256  # bytes between the starts of two tensors in a buffer
@@ -28,6 +29,9 @@ def stream(model: Flux2Transformer, device: torch.device | str) -> Flux2Transfor
     for i, block in enumerate(blocks):
         held = model.double_blocks if i < double else model.single_blocks
         held[i if i < double else i - double] = Streamed(block, i, buffers)
+        for layer in block.modules():
+            if isinstance(layer, QuantLinear):
+                layer.rebases = False  # what it holds while it runs is a copy
     for name, child in model.named_children():
         if name not in ("double_blocks", "single_blocks"):
             child.to(device)

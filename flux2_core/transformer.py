@@ -31,7 +31,7 @@ from .layers import (
 from .negatives import Both
 from .negatives import check as check_negative
 from .positions import rope_table
-from .products import Codes, activated, added, applied, gated, modulated
+from .products import added, applied, finished, modulated
 from .step_cache import Call
 from .stream import STOCK, Controls, Stream
 from .visibility import ReferenceControl, arrange
@@ -57,10 +57,6 @@ def mlp(hidden: int, ratio: int, ops, **kw) -> nn.ModuleDict:
     )
 
 
-def feed_forward(layers: nn.ModuleDict, x: Tensor | Codes) -> Tensor:
-    return activated(layers["2"], applied(layers["0"], x))
-
-
 class DoubleBlock(nn.Module):
     """Text and picture with weights of their own, joined in attention."""
 
@@ -83,10 +79,10 @@ class DoubleBlock(nn.Module):
         out = attend(*heads)
         txt_out, img_out = map(own_rows, out.split((txt.shape[1], img.shape[1]), 1))
 
-        img, ready = added(self.img_mlp["0"], img1, img2, img, picture.proj(img_out))
-        img = gated(img2, img, feed_forward(self.img_mlp, ready))
-        txt, ready = added(self.txt_mlp["0"], txt1, txt2, txt, text.proj(txt_out))
-        txt = gated(txt2, txt, feed_forward(self.txt_mlp, ready))
+        img, ready = added(self.img_mlp["0"], img1, img2, img, picture.proj, img_out)
+        img = finished(self.img_mlp["2"], img2, img, applied(self.img_mlp["0"], ready))
+        txt, ready = added(self.txt_mlp["0"], txt1, txt2, txt, text.proj, txt_out)
+        txt = finished(self.txt_mlp["2"], txt2, txt, applied(self.txt_mlp["0"], ready))
         return img, txt
 
 
@@ -111,7 +107,7 @@ class SingleBlock(nn.Module):
         if isinstance(rows, slice):  # comparing it would tie a compiled graph to one size
             x, q, hidden, mod = x[:, rows], q[:, :, rows], hidden[:, rows], mod.head()
         out = attend(q, k, v)
-        return gated(mod, x, activated(self.linear2, hidden, out))
+        return finished(self.linear2, mod, x, hidden, out)
 
 
 class LastLayer(nn.Module):

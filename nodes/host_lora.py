@@ -9,8 +9,9 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor, nn
 
+from ..flux2_core.beside import Branch, Change
 from ..flux2_core.errors import Flux2Error
-from ..flux2_core.lora import Branch, Delta, read, relative
+from ..flux2_core.lora import Delta, read, relative
 from ..flux2_core.lora_names import Place
 from .host import config_of
 from .host_quant import QuantLinear
@@ -52,11 +53,7 @@ def _branch(model, deltas: Iterable[Delta], layers: dict, width: int, strength: 
         name = f"diffusion_model.{delta.place.layer}.branches"
         branch = Branch(delta, partial(weight_of, layers[delta.place.layer]), width)
         before = model.object_patches.get(name, ())
-        model.add_object_patch(name, (*before, partial(_with_strength, branch, strength)))
-
-
-def _with_strength(branch: Branch, strength: float, x: Tensor, out: Tensor) -> Tensor:
-    return branch(x, out, strength)
+        model.add_object_patch(name, (*before, Change(branch, strength)))
 
 
 def _patch(model, deltas: Iterable[Delta], width: int, strength: float) -> None:

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..flux2_core import kernels, products
+from ..flux2_core import kernels, narrow, products
 from ..flux2_core.errors import Flux2Error
 from ..flux2_core.formats import Packed
+from ..flux2_core.kernels import gemm
 from ..flux2_core.kernels.reference import E4M3_MAX, SMALLEST_AMAX
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +36,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
     branches: tuple = ()
     compute = "fp8"
     merged: Tensor | None = None  # the scale of codes that a patch was worked into
+    rebases = True
 
     def __init__(self, packed: Packed, dtype: torch.dtype):
         super().__init__()
@@ -49,6 +51,8 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *_):
         """Takes the tensors as they are: codes and scales are never cast."""
         assign = local_metadata.get("assign_to_params_buffers", False)
+        if narrow.is_rebased(self.held):
+            self.hold(self.packed)
         for name in ("weight", *self.beside):
             part = state_dict.get(prefix + name)
             if part is None:
@@ -62,20 +66,38 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     @property
     def packed(self) -> Packed:
-        """Codes and what stands beside them, where they are now."""
-        return self._packed_on(None)
+        """The file's codes and what stands beside them, where they are now."""
+        return narrow.original(self.held)
 
-    def _packed_on(self, device) -> Packed:
+    @property
+    def held(self) -> Packed:
+        """The same as products take them: re-based where a card wants that (narrow.py). A state
+        dict has this pair, which means the same: the host asks for one whenever it looks for names."""
+        return self._held_on(None)
+
+    def hold(self, packed: Packed) -> None:
+        """Its tensors from now on."""
+        self.weight = nn.Parameter(packed.parts["weight"], requires_grad=False)
+        self.beside = tuple(name for name in packed.parts if name != "weight")
+        for name in self.beside:
+            self.register_buffer(name, packed.parts[name], persistent=name not in narrow.PARTS)
+
+    def _held_on(self, device) -> Packed:
         parts = {"weight": self.weight.data, **self._beside}
         if device is not None:
-            parts = {name: self._on(part, device) for name, part in parts.items()}
+            moves = {name: part for name, part in parts.items() if name not in narrow.PARTS}
+            parts |= {name: self._on(part, device) for name, part in moves.items()}
         return Packed(self.format, self.shape, parts)
 
     @property
     def _beside(self) -> dict[str, Tensor]:
         """What belongs to the codes that are there now."""
         parts = {name: self._buffers[name] for name in self.beside}
-        return parts if self.merged is None else {**parts, "weight_scale": self.merged}
+        if self.merged is None:
+            return parts
+        # how the file's codes were re-based says nothing of these
+        kept = {name: part for name, part in parts.items() if name not in narrow.PARTS}
+        return {**kept, "weight_scale": self.merged}
 
     @property
     def _as_stored(self) -> bool:
@@ -85,7 +107,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
     def is_native(self, x: Tensor) -> bool:
         """True where activations are multiplied as codes."""
         able = self.compute == "fp8" and self.format in products.NATIVE and self._as_stored
-        return able and products.native(self.packed, x)
+        return able and products.native(self.held, x)
 
     def takes_codes(self, x: Tensor) -> bool:
         """True where activations may come as codes: LoRAs and hooks want numbers."""
@@ -93,14 +115,15 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
             return False
         return self.format in products.CODED and self.is_native(x)
 
-    def from_codes(self, made: products.Made, x: Tensor) -> Tensor:
+    def from_codes(self, made: products.Made, x: Tensor, small: bool = False, after=None) -> Tensor:
         comfy.ops.run_every_op()
-        return products.from_codes(made, self._packed_on(x.device), x)
+        return products.from_codes(made, self._held_on(x.device), x, small, after)
 
     def forward(self, x: Tensor) -> Tensor:
         comfy.ops.run_every_op()
         if self._as_stored:
-            out = products.product(x, self._packed_on(x.device), self.is_native(x))
+            how = products.form(self, x) if self.is_native(x) else None
+            out = products.product(x, self._held_on(x.device), how)
         else:
             out = F.linear(x, self._numbers(x))
         for branch in self.branches:
@@ -134,9 +157,8 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
             return weight
         codes = weight if weight.dtype == self.weight.dtype else weight.to(self.weight.dtype)
         parts = {name: self._on(part, weight.device) for name, part in self._beside.items()}
-        return Packed(self.format, self.shape, {"weight": codes, **parts}).decode(
-            weight.dtype if weight.dtype in PLAIN else self.dtype
-        )
+        held = Packed(self.format, self.shape, {"weight": codes, **parts})
+        return narrow.original(held).decode(weight.dtype if weight.dtype in PLAIN else self.dtype)
 
     @property
     def _patched(self) -> bool:
@@ -156,17 +178,18 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
                 )
             self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
             return
-        beside = self._beside.get("weight_scale", torch.ones(()))
-        scale = (
-            self._on(beside, weight.device)
-            .float()
-            .reshape(-1, 1)
-            .clamp_min(SMALLEST_AMAX / E4M3_MAX)
-        )
+        parts, based = self._beside, narrow.is_rebased(self.held)
+        held = parts.get("weight_scale", torch.ones(()))
+        own = parts.get(narrow.SCALE, torch.ones(())) if based and not inplace_update else held
+        scale = self._on(own, weight.device).float().reshape(-1, 1)
+        scale = scale.clamp_min(SMALLEST_AMAX / E4M3_MAX)
         if not inplace_update and "weight_scale" in self.beside:
             # rows that fit keep their scale: where nothing was changed, the codes stay
             most = torch.linalg.vector_norm(weight, torch.inf, 1, keepdim=True).float()
             scale = torch.maximum(scale, most / E4M3_MAX)
+        if inplace_update:
+            top = gemm.WEIGHT_MAX if based else E4M3_MAX  # sums of re-based codes are float16's
+            weight = torch.clamp(weight, -top * scale, top * scale)
         codes = kernels.requantize(weight, scale, seed or 0)
         if inplace_update:
             self.weight.data.copy_(codes)

@@ -9,7 +9,6 @@ from torch import nn
 
 from ..flux2_core.configs import VARIANTS
 from ..flux2_core.errors import Flux2Error
-from ..flux2_core.formats import Packed
 from ..flux2_core.save import save_quantized
 from .host_controls import is_ours
 from .host_quant import QuantLinear
@@ -50,8 +49,7 @@ def _weight(network: nn.Module, name: str):
     layer, _, part = name.rpartition(".")
     module = network.get_submodule(layer)
     if isinstance(module, QuantLinear):
-        parts = {n: getattr(module, n).detach() for n in ("weight", *module.beside)}
-        return Packed(module.format, module.shape, parts)
+        return module.packed
     return getattr(module, part).detach()
 
 

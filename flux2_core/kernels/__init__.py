@@ -8,7 +8,7 @@ something faster; `use("reference")` and the environment's FLUX2_KERNELS choose.
 needs neither a GPU nor Triton.
 """
 
-from . import eager, ops, producers, scaled  # noqa: F401 (they register what they compute)
+from . import decode, eager, ops, producers, replicated, scaled  # noqa: F401 (they register what they compute)
 from .block_codes import modulate_quantize_blocks, quantize_blocks, swiglu_quantize_blocks
 from .blocks import int8_linear, mxfp8_linear, nvfp4_linear
 from .fused import fp8_linear_fused

@@ -31,14 +31,14 @@ def _made(x: Tensor, rows: int, width: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _quantize(x: Tensor, codes: Tensor, scale: Tensor) -> None:
+def _quantize(x: Tensor, codes: Tensor, scale: Tensor, maximum: float) -> None:
     """Rows of float32, which are used up, into codes and scale."""
     amax = x.abs().amax(-1, keepdim=True).clamp_min_(SMALLEST_AMAX)
     amax = torch.where(amax.isfinite(), amax, torch.nan)
-    x.mul_(torch.full_like(amax, E4M3_MAX) / amax).clamp_(-E4M3_MAX, E4M3_MAX)
+    x.mul_(torch.full_like(amax, maximum) / amax).clamp_(-maximum, maximum)
     codes.copy_(x)
     codes.view(torch.uint8).masked_fill_(amax.isnan(), E4M3_NAN)
-    torch.mul(amax, torch.full_like(amax, 1 / E4M3_MAX), out=scale)
+    torch.mul(amax, torch.full_like(amax, 1 / maximum), out=scale)
 
 
 def _own(x: Tensor) -> Tensor:
@@ -46,46 +46,57 @@ def _own(x: Tensor) -> Tensor:
     return x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, maximum: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
     codes, scale = _made(x, x.shape[0], x.shape[1])
     for part in _chunks(x.shape[0], x.shape[1], x.device):
-        _quantize(_own(x[part]), codes[part], scale[part])
+        _quantize(_own(x[part]), codes[part], scale[part], maximum)
     return codes, scale
 
 
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor, codes: Tensor, scales: Tensor) -> None:
+def _modulated(
+    x: Tensor, shift: Tensor, scale: Tensor, maximum: float, codes: Tensor, scales: Tensor
+) -> None:
     """x (l, h), shift and 1 + scale (1, h) in float32."""
     normal = F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
-    _quantize(normal.mul_(scale).add_(shift), codes, scales)
+    _quantize(normal.mul_(scale).add_(shift), codes, scales, maximum)
 
 
-def modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def modulate_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, maximum: float = E4M3_MAX
+) -> tuple[Tensor, Tensor]:
     batch, rows, width = x.shape
     codes, scales = _made(x, batch * rows, width)
     places = [t.unflatten(0, (batch, rows)) for t in (codes, scales)]
     for b in range(batch):
-        sides = shift[b].float(), 1 + scale[b].float()
+        sides = shift[b].float(), 1 + scale[b].float(), maximum
         for part in _chunks(rows, width, x.device):
             _modulated(x[b, part], *sides, *(place[b, part] for place in places))
     return codes, scales
 
 
 def gated_modulate_quantize(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    maximum: float = E4M3_MAX,
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, rows, width = x.shape
     new = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     codes, scales = _made(x, batch * rows, width)
     places = [t.unflatten(0, (batch, rows)) for t in (codes, scales)]
     for b in range(batch):
-        sides, g = (shift[b].float(), 1 + scale[b].float()), gate[b].float()
+        sides, g = (shift[b].float(), 1 + scale[b].float(), maximum), gate[b].float()
         for part in _chunks(rows, width, x.device):
             new[b, part] = x[b, part].float().add(_own(y[b, part]).mul_(g))
             _modulated(new[b, part], *sides, *(place[b, part] for place in places))
     return new, codes, scales
 
 
-def swiglu_quantize(mlp: Tensor, attention: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def swiglu_quantize(
+    mlp: Tensor, attention: Tensor | None = None, maximum: float = E4M3_MAX
+) -> tuple[Tensor, Tensor]:
     rows, n = mlp.shape[0], mlp.shape[1] // 2
     m = 0 if attention is None else attention.shape[1]
     codes, scale = _made(mlp, rows, m + n)
@@ -96,7 +107,7 @@ def swiglu_quantize(mlp: Tensor, attention: Tensor | None = None) -> tuple[Tenso
             wide[:, :m] = attention[part]
         first, second = mlp[part].float().chunk(2, -1)
         torch.mul(F.silu(first), second, out=wide[:, m:])
-        _quantize(wide, codes[part], scale[part])
+        _quantize(wide, codes[part], scale[part], maximum)
     return codes, scale
 
 

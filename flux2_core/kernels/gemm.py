@@ -198,12 +198,15 @@ def fp8(
     accumulate: str,
     dtype: torch.dtype = torch.bfloat16,
     epilogue: Epilogue = NONE,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """e4m3 codes (M, K), weight (N, K), a scale for each row of either -> (M, N) in `dtype`.
+    """e4m3 codes (M, K), weight (N, K), a scale for each row of either -> (M, N) in `dtype`, or in
+    `out`, which has it.
 
     With "fp16" the codes must keep to ACTIVATION_MAX[tile.k] and WEIGHT_MAX: nothing checks it.
     """
-    out = codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
+    if out is None:
+        out = codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
     grid, arguments, constants = _launch(codes, weight, weight_scale, tile, out, epilogue)
     pointers = (codes, weight, out, scale, *arguments)
     with torch.cuda.device_of(codes):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Flux2Error
-from . import fused, gemm, scaled
+from . import decode, gemm, replicated, scaled
 from .reference import quantize_rows
 from .tiles import Tile
 from .tune import Shape
@@ -32,11 +32,11 @@ class Bench:
         self.wanted: Tensor | None = None
 
     def __call__(self, op: str, shape: Shape, accumulate: str, tile: Tile | None) -> float:
-        depth = tile.k if tile and op == "fp8_linear_narrow" else 64
+        depth = tile.k if tile and op.endswith("narrow") else 64
         if self.kind != (op, shape, depth):
             self.kind, self.operands = (op, shape, depth), self.made(op, shape, depth)
             self.wanted = self.next_best(op)()
-        if tile is None:
+        if not accumulate:
             return self.seconds(self.next_best(op))
         call = self.ours(op, accumulate, tile)
         error = _relative(call(), self.wanted)
@@ -53,35 +53,46 @@ class Bench:
         if op == "fp8_weight_linear":
             return x, weight, weight_scale
         codes, scale = quantize_rows(x)
-        if op == "fp8_linear_narrow":
+        if op.endswith("narrow"):
             gemm.rebase(weight)
             top = gemm.ACTIVATION_MAX[depth]
             codes, scale = (codes.float() * (top / 448)).to(codes.dtype), scale * (448 / top)
             weight_scale = weight_scale * gemm.REBASE
-        if op == "fp8_linear_fused":
-            sizes = (
-                (shape.rows, shape.columns), (shape.columns,),
-                (shape.rows, RANK), (shape.columns, RANK),
-            )  # fmt: skip
-            parts = [torch.randn(s, device=self.device, dtype=torch.bfloat16) for s in sizes]
-            return codes, scale, weight, weight_scale, *parts
-        return codes, scale, weight, weight_scale
+        sizes: list[tuple[int, ...]] = []
+        if "fused" in op or "lora" in op:
+            sizes = [(shape.rows, shape.columns), (shape.columns,)]
+        if "lora" in op:
+            sizes += [(shape.rows, RANK), (shape.columns, RANK)]
+        parts = [torch.randn(s, device=self.device, dtype=torch.bfloat16) for s in sizes]
+        return codes, scale, weight, weight_scale, *parts
 
     def next_best(self, op: str) -> Callable[[], Tensor]:
         if op == "fp8_weight_linear":
-            return lambda: scaled.decoded_weight_linear(*self.operands)
-        if op == "fp8_linear_fused":
-            return lambda: fused.fp8_linear_fused_eager(*self.operands)
+            decoded = self.operands[0].is_cuda
+            product = decode.weight_linear if decoded else scaled.decoded_weight_linear
+            return lambda: product(*self.operands)
+        if len(self.operands) > 4:
+            return lambda: _steps(*self.operands)
         return lambda: scaled.scaled_mm(*self.operands)
 
-    def ours(self, op: str, accumulate: str, tile: Tile) -> Callable[[], Tensor]:
+    def ours(self, op: str, accumulate: str, tile: Tile | None) -> Callable[[], Tensor]:
+        if tile is None:
+            return lambda: replicated.fp8_linear(*self.operands)
         if op == "fp8_weight_linear":
             return lambda: gemm.weight_only(*self.operands, tile=tile)
-        if op == "fp8_linear_fused":
-            *product, residual, gate, low, up = self.operands
-            parts = gemm.Epilogue(residual, gate, low, up)
-            return lambda: gemm.fp8(*product, tile=tile, accumulate=accumulate, epilogue=parts)
-        return lambda: gemm.fp8(*self.operands, tile=tile, accumulate=accumulate)
+        product, parts = self.operands[:4], gemm.Epilogue(*self.operands[4:])
+        return lambda: gemm.fp8(*product, tile=tile, accumulate=accumulate, epilogue=parts)
+
+
+def _steps(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
+    residual: Tensor, gate: Tensor, low: Tensor | None = None, up: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The library's product, and what is added in passes of its own."""
+    y = scaled.scaled_mm(codes, scale, weight, weight_scale)
+    if low is not None and up is not None:
+        y = y.addmm_(low, up.T)
+    return torch.addcmul(residual, gate, y)
 
 
 def on_card(device: torch.device) -> Callable[[Callable], float]:

@@ -11,18 +11,20 @@ from torch import Tensor
 
 from ..errors import Flux2Error
 from . import reference
-from .reference import E4M3
+from .reference import E4M3, E4M3_MAX
 from .table import Op, operation, register
 
 NAMESPACE = "flux2_kit"
 BF16 = torch.bfloat16
 
 SCHEMAS = {
-    "quantize_rows": "(Tensor x) -> (Tensor, Tensor)",
-    "modulate_quantize": "(Tensor x, Tensor shift, Tensor scale) -> (Tensor, Tensor)",
-    "gated_modulate_quantize": "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale)"
-    " -> (Tensor, Tensor, Tensor)",
-    "swiglu_quantize": "(Tensor mlp, Tensor? attention=None) -> (Tensor, Tensor)",
+    "quantize_rows": "(Tensor x, float maximum=448.0) -> (Tensor, Tensor)",
+    "modulate_quantize": "(Tensor x, Tensor shift, Tensor scale, float maximum=448.0)"
+    " -> (Tensor, Tensor)",
+    "gated_modulate_quantize": "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale,"
+    " float maximum=448.0) -> (Tensor, Tensor, Tensor)",
+    "swiglu_quantize": "(Tensor mlp, Tensor? attention=None, float maximum=448.0)"
+    " -> (Tensor, Tensor)",
     "qk_norm_rope": "(Tensor qkv, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
     " Tensor? text=None, Tensor? text_q_weight=None, Tensor? text_k_weight=None)"
     " -> (Tensor, Tensor, Tensor)",
@@ -73,36 +75,38 @@ def _codes(x: Tensor, rows, columns) -> tuple[Tensor, Tensor]:
     return x.new_empty((rows, columns), dtype=E4M3), x.new_empty((rows, 1), dtype=torch.float32)
 
 
-def _quantize_rows(x):
+def _quantize_rows(x, maximum=E4M3_MAX):
     _fit(x.ndim == 2, QUANTIZE_ROWS, x)
-    return QUANTIZE_ROWS(x.device, (x.dtype,), (x.shape[1],), x.shape[0], x)
+    return QUANTIZE_ROWS(x.device, (x.dtype,), (x.shape[1],), x.shape[0], x, maximum)
 
 
-def _fake_quantize_rows(x):
+def _fake_quantize_rows(x, maximum=E4M3_MAX):
     _fit(x.ndim == 2, QUANTIZE_ROWS, x)
     return _codes(x, *x.shape)
 
 
-def _modulate_quantize(x, shift, scale):
+def _modulate_quantize(x, shift, scale, maximum=E4M3_MAX):
     _fit(_modulation_fits(x, shift, scale), MODULATE, x, shift, scale)
     b, rows, h = x.shape
-    return MODULATE(x.device, (x.dtype, shift.dtype), (h,), b * rows, x, shift, scale)
+    dtypes = (x.dtype, shift.dtype)
+    return MODULATE(x.device, dtypes, (h,), b * rows, x, shift, scale, maximum)
 
 
-def _fake_modulate_quantize(x, shift, scale):
+def _fake_modulate_quantize(x, shift, scale, maximum=E4M3_MAX):
     _fit(_modulation_fits(x, shift, scale), MODULATE, x, shift, scale)
     return _codes(x, x.shape[0] * x.shape[1], x.shape[2])
 
 
-def _gated_modulate_quantize(x, y, gate, shift, scale):
+def _gated_modulate_quantize(x, y, gate, shift, scale, maximum=E4M3_MAX):
     ok = _modulation_fits(x, gate, shift, scale) and y.shape == x.shape
     _fit(ok, GATED_MODULATE, x, y, gate, shift, scale)
     b, rows, h = x.shape
     dtypes = (x.dtype, y.dtype, shift.dtype)
-    return GATED_MODULATE(x.device, dtypes, (h,), b * rows, x, y, gate, shift, scale)
+    args = (x, y, gate, shift, scale, maximum)
+    return GATED_MODULATE(x.device, dtypes, (h,), b * rows, *args)
 
 
-def _fake_gated_modulate_quantize(x, y, gate, shift, scale):
+def _fake_gated_modulate_quantize(x, y, gate, shift, scale, maximum=E4M3_MAX):
     ok = _modulation_fits(x, gate, shift, scale) and y.shape == x.shape
     _fit(ok, GATED_MODULATE, x, y, gate, shift, scale)
     return x.new_empty(x.shape), *_codes(x, x.shape[0] * x.shape[1], x.shape[2])
@@ -113,14 +117,15 @@ def _swiglu_fits(mlp: Tensor, attention: Tensor | None) -> bool:
     return beside and mlp.ndim == 2 and mlp.shape[1] % 2 == 0
 
 
-def _swiglu_quantize(mlp, attention=None):
+def _swiglu_quantize(mlp, attention=None, maximum=E4M3_MAX):
     _fit(_swiglu_fits(mlp, attention), SWIGLU, mlp, attention)
     rows, width = mlp.shape
     m, dtype = (0, mlp.dtype) if attention is None else (attention.shape[1], attention.dtype)
-    return SWIGLU(mlp.device, (mlp.dtype, dtype), (width // 2, m), rows, mlp, attention)
+    widths = (width // 2, m)
+    return SWIGLU(mlp.device, (mlp.dtype, dtype), widths, rows, mlp, attention, maximum)
 
 
-def _fake_swiglu_quantize(mlp, attention=None):
+def _fake_swiglu_quantize(mlp, attention=None, maximum=E4M3_MAX):
     _fit(_swiglu_fits(mlp, attention), SWIGLU, mlp, attention)
     return _codes(
         mlp, mlp.shape[0], mlp.shape[1] // 2 + (0 if attention is None else attention.shape[1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .block_codes import FORMS, from_rows
-from .reference import E4M3
+from .reference import E4M3, E4M3_MAX
 from .row_kernels import (
     gated_add_kernel,
     modulate_quantize_kernel,
@@ -68,14 +68,16 @@ def _made(x: Tensor, rows: int, n: int, form: str) -> tuple[Tensor, Any, int]:
     return codes, torch.zeros(size, dtype=torch.uint8, device=x.device).view(scale_kind), wide
 
 
-def _quantize(x: Tensor, form: str, whole: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize(
+    x: Tensor, form: str, whole: Tensor | None, top: float = E4M3_MAX
+) -> tuple[Tensor, Tensor]:
     x = _lines(x)
     (rows, n), (a, b) = x.shape, blocks(x.shape[1])
     codes, scale, wide = _made(x, rows, n, form)
     if rows:
         with torch.cuda.device_of(x):
             quantize_rows_kernel[(rows,)](
-                x, codes, scale, whole, n, wide, x.stride(0), FORM=form, A=a, B=b,
+                x, codes, scale, whole, top, 1 / top, n, wide, x.stride(0), FORM=form, A=a, B=b,
                 num_warps=row_warps(n),
             )  # fmt: skip
     return codes, scale
@@ -89,6 +91,7 @@ def _modulate(
     scale: Tensor,
     form: str,
     whole: Tensor | None,
+    top: float = E4M3_MAX,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, shift, scale = _lines(x), _lines(shift), _lines(scale)
     new, y_strides, gate_batch = x, (0, 0), 0
@@ -102,15 +105,19 @@ def _modulate(
         with torch.cuda.device_of(x):
             modulate_quantize_kernel[(batch * rows,)](
                 x, y, gate, shift, scale, None if y is None else new, codes, scales, whole,
-                rows, n, wide, 1 / n, *x.stride()[:2], *y_strides, gate_batch, shift.stride(0),
-                scale.stride(0), FORM=form, GATED=y is not None, A=a, B=b,
+                top, 1 / top, rows, n, wide, 1 / n, *x.stride()[:2], *y_strides, gate_batch,
+                shift.stride(0), scale.stride(0), FORM=form, GATED=y is not None, A=a, B=b,
                 num_warps=norm_warps(n, form, y is not None),
             )  # fmt: skip
     return new, codes, scales
 
 
 def _swiglu(
-    mlp: Tensor, attention: Tensor | None, form: str, whole: Tensor | None
+    mlp: Tensor,
+    attention: Tensor | None,
+    form: str,
+    whole: Tensor | None,
+    top: float = E4M3_MAX,
 ) -> tuple[Tensor, Tensor]:
     mlp = _lines(mlp)
     rows, n = mlp.shape[0], mlp.shape[1] // 2
@@ -123,28 +130,37 @@ def _swiglu(
     if rows:
         with torch.cuda.device_of(mlp):
             swiglu_quantize_kernel[(rows,)](
-                mlp, attention, codes, scales, whole, n, m, wide, mlp.stride(0), attention_row,
-                FORM=form, BESIDE=m > 0, A=a, B=b, C=c, D=d, num_warps=row_warps(n),
+                mlp, attention, codes, scales, whole, top, 1 / top, n, m, wide, mlp.stride(0),
+                attention_row, FORM=form, BESIDE=m > 0, A=a, B=b, C=c, D=d, num_warps=row_warps(n),
             )  # fmt: skip
     return codes, scales
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _quantize(x, "fp8", None)
+def quantize_rows(x: Tensor, maximum: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
+    return _quantize(x, "fp8", None, maximum)
 
 
-def modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    return _modulate(x, None, None, shift, scale, "fp8", None)[1:]
+def modulate_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, maximum: float = E4M3_MAX
+) -> tuple[Tensor, Tensor]:
+    return _modulate(x, None, None, shift, scale, "fp8", None, maximum)[1:]
 
 
 def gated_modulate_quantize(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    maximum: float = E4M3_MAX,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _modulate(x, y, gate, shift, scale, "fp8", None)
+    return _modulate(x, y, gate, shift, scale, "fp8", None, maximum)
 
 
-def swiglu_quantize(mlp: Tensor, attention: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _swiglu(mlp, attention, "fp8", None)
+def swiglu_quantize(
+    mlp: Tensor, attention: Tensor | None = None, maximum: float = E4M3_MAX
+) -> tuple[Tensor, Tensor]:
+    return _swiglu(mlp, attention, "fp8", None, maximum)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -315,10 +331,11 @@ for _op, _call, _refusal in (
 def _gate():
     """What the compile gate compiles: (kernel, argument types, constants, warps, stages, sm_...)."""
     old, new = (80, 86, 89, 90, 100, 120), (89, 90, 100, 120)
-    rows = {"x": "*bf16", "n": "i32", "wide": "i32", "x_row": "i32"}
+    limits = {"top": "fp32", "unit": "fp32"}
+    rows = {"x": "*bf16", "n": "i32", "wide": "i32", "x_row": "i32"} | limits
     norm = dict.fromkeys(("shift", "scale"), "*bf16") | {"inverse_n": "fp32", "rows": "i32"}
     norm |= {f"{t}_batch": "i32" for t in ("x", "y", "gate", "shift", "scale")} | {"y_row": "i32"}
-    mlp = dict.fromkeys(("mlp", "attention"), "*bf16")
+    mlp = dict.fromkeys(("mlp", "attention"), "*bf16") | limits
     mlp |= dict.fromkeys(("n", "m", "wide", "mlp_row", "attention_row"), "i32")
     gated = dict.fromkeys(("y", "gate", "x_new"), "*bf16")
     outs = {

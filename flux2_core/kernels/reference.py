@@ -23,23 +23,24 @@ def wide(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------- quantising
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, maximum: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
     """x (R, K) -> codes (R, K), scale float32 (R, 1), x about codes * scale. Bit for bit the same
     in every implementation:
 
-    amax = the row's largest magnitude, at least 1e-12; codes = x * (448 / amax), the quotient
-    rounded as IEEE says, clamped to +-448 (casts of PyTorch before 2.12 turn more than 448 into
-    NaN), rounded to nearest, ties to even; scale = amax * (1 / 448). A row that holds NaN or
+    amax = the row's largest magnitude, at least 1e-12; codes = x * (maximum / amax), the quotient
+    rounded as IEEE says, clamped to +-maximum (casts of PyTorch before 2.12 turn more than 448 into
+    NaN), rounded to nearest, ties to even; scale = amax * (1 / maximum). A row that holds NaN or
     infinity has NaN for its scale and for all codes, so that it shows in whatever is made of it.
+    `maximum`, itself a code, is less than e4m3's own 448 where sums of products must stay small.
     """
     x = x.float()
     amax = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX)
     amax = torch.where(amax.isfinite(), amax, torch.nan)
-    top = torch.full_like(amax, E4M3_MAX)
-    codes = (x * (top / amax)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    top = torch.full_like(amax, maximum)
+    codes = (x * (top / amax)).clamp(-maximum, maximum).to(E4M3)
     # the sign of a NaN differs between processors
     codes = codes.view(torch.uint8).masked_fill_(amax.isnan(), E4M3_NAN).view(E4M3)
-    return codes, amax * torch.full_like(amax, 1 / E4M3_MAX)
+    return codes, amax * torch.full_like(amax, 1 / maximum)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -60,23 +61,32 @@ def activated(mlp: Tensor, attention: Tensor | None = None) -> Tensor:
     return y if attention is None else torch.cat((wide(attention), y), -1)
 
 
-def modulate_quantize(x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def modulate_quantize(
+    x: Tensor, shift: Tensor, scale: Tensor, maximum: float = E4M3_MAX
+) -> tuple[Tensor, Tensor]:
     """x (B, L, h), shift and scale (B, 1, h) -> codes (B L, h), scale (B L, 1)."""
-    return quantize_rows(modulated(x, shift, scale).flatten(0, 1))
+    return quantize_rows(modulated(x, shift, scale).flatten(0, 1), maximum)
 
 
 def gated_modulate_quantize(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    maximum: float = E4M3_MAX,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x, y (B, L, h) and gate, shift, scale (B, 1, h) -> x + gate y (B, L, h) in x's dtype, and
     what `modulate_quantize` makes of that: codes (B L, h), scale (B L, 1)."""
     x = gated(x, y, gate)
-    return x, *modulate_quantize(x, shift, scale)
+    return x, *modulate_quantize(x, shift, scale, maximum)
 
 
-def swiglu_quantize(mlp: Tensor, attention: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def swiglu_quantize(
+    mlp: Tensor, attention: Tensor | None = None, maximum: float = E4M3_MAX
+) -> tuple[Tensor, Tensor]:
     """mlp (R, 2n), attention (R, m) or none -> codes (R, m + n), scale (R, 1), one for both."""
-    return quantize_rows(activated(mlp, attention))
+    return quantize_rows(activated(mlp, attention), maximum)
 
 
 # ------------------------------------------------------------------------------------ heads

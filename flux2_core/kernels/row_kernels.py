@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 @kernel
-def _inverse(bits):
-    """The largest magnitude as bits -> it, not too small, and 448 / it; both NaN where it is none."""
+def _inverse(bits, top):
+    """The largest magnitude as bits -> it, not too small, and top / it; both NaN where it is none."""
     amax = tl.maximum(bits.to(tl.float32, bitcast=True), 1e-12)
     amax = tl.where(bits < 0x7F800000, amax, float("nan"))
-    return amax, tl.div_rn(448.0, amax)
+    return amax, tl.div_rn(top, amax)
 
 
 @kernel
@@ -93,21 +93,22 @@ def _blocks(
 
 @kernel
 def _quantize(
-    u, v, mask, codes, scales, whole, row, n, wide,
+    u, v, mask, codes, scales, whole, top, unit, row, n, wide,
     FORM: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
-    """A row in two blocks, float32, v 0 where masked -> its codes and scales, stored."""
+    """A row in two blocks, float32, v 0 where masked -> its codes and scales, stored. `top` is the
+    largest fp8 code, `unit` 1 / top."""
     if FORM == "same":
         out = codes + row * n
         tl.store(out + tl.arange(0, A), u.to(codes.dtype.element_ty))
         tl.store(out + A + tl.arange(0, B), v.to(codes.dtype.element_ty), mask=mask)
     elif FORM == "fp8":
-        amax, inverse = _inverse(_largest(u, v))
-        # nothing exceeds 448 by more than rounding does, and the cast saturates: no clamp
+        amax, inverse = _inverse(_largest(u, v), top)
+        # nothing exceeds top, itself a code, by more than rounding does: no clamp
         out = codes + row * n
         tl.store(out + tl.arange(0, A), (u * inverse).to(tl.float8e4nv))
         tl.store(out + A + tl.arange(0, B), (v * inverse).to(tl.float8e4nv), mask=mask)
-        tl.store(scales + row, amax * 0.002232142857142857)
+        tl.store(scales + row, amax * unit)
     else:
         _blocks(u, codes, scales, whole, 0, n, row, n, wide, A, FORM)
         _blocks(v, codes, scales, whole, A, n, row, n, wide, B, FORM)
@@ -115,7 +116,7 @@ def _quantize(
 
 @kernel
 def quantize_rows_kernel(
-    x, codes, scales, whole, n, wide, x_row,
+    x, codes, scales, whole, top, unit, n, wide, x_row,
     FORM: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -123,12 +124,12 @@ def quantize_rows_kernel(
     line = x + row * x_row
     u = tl.load(line + tl.arange(0, A)).to(tl.float32)
     v = tl.load(line + A + tl.arange(0, B), mask=mask, other=0.0).to(tl.float32)
-    _quantize(u, v, mask, codes, scales, whole, row, n, wide, FORM, A, B)
+    _quantize(u, v, mask, codes, scales, whole, top, unit, row, n, wide, FORM, A, B)
 
 
 @kernel
 def modulate_quantize_kernel(
-    x, y, gate, shift, scale, x_new, codes, scales, whole, rows, n, wide, inverse_n,
+    x, y, gate, shift, scale, x_new, codes, scales, whole, top, unit, rows, n, wide, inverse_n,
     x_batch, x_row, y_batch, y_row, gate_batch, shift_batch, scale_batch,
     FORM: tl.constexpr, GATED: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +161,7 @@ def modulate_quantize_kernel(
     u = u * r * (1.0 + tl.load(scale + i).to(tl.float32)) + tl.load(shift + i).to(tl.float32)
     s = tl.load(scale + j, mask=mask, other=0.0).to(tl.float32)
     v = v * r * (1.0 + s) + tl.load(shift + j, mask=mask, other=0.0).to(tl.float32)
-    _quantize(u, v, mask, codes, scales, whole, row, n, wide, FORM, A, B)
+    _quantize(u, v, mask, codes, scales, whole, top, unit, row, n, wide, FORM, A, B)
 
 
 @kernel
@@ -195,8 +196,9 @@ def _swiglu(mlp, i, n, mask):
 
 @kernel
 def swiglu_quantize_kernel(
-    mlp, attention, codes, scales, whole, n, m, wide, mlp_row, attention_row, FORM: tl.constexpr,
-    BESIDE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
+    mlp, attention, codes, scales, whole, top, unit, n, m, wide, mlp_row, attention_row,
+    FORM: tl.constexpr, BESIDE: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """[attention (m, blocks C + D)], silu(mlp's first n) * second n (blocks A + B), quantised."""
     row = tl.program_id(0).to(tl.int64)
@@ -220,14 +222,14 @@ def swiglu_quantize_kernel(
         bits = _largest(u, v)
         if BESIDE:
             bits = tl.maximum(bits, _largest(w.to(tl.float32), z.to(tl.float32)))
-        amax, inverse = _inverse(bits)
+        amax, inverse = _inverse(bits, top)
         codes += row * (m + n)
         if BESIDE:
             tl.store(codes + k, (w.to(tl.float32) * inverse).to(tl.float8e4nv))
             tl.store(codes + o, (z.to(tl.float32) * inverse).to(tl.float8e4nv), mask=o < m)
         tl.store(codes + m + i, (u * inverse).to(tl.float8e4nv))
         tl.store(codes + m + j, (v * inverse).to(tl.float8e4nv), mask=j < n)
-        tl.store(scales + row, amax * 0.002232142857142857)
+        tl.store(scales + row, amax * unit)
     else:
         if BESIDE:
             _blocks(w.to(tl.float32), codes, scales, whole, 0, m, row, m + n, wide, C, FORM)

@@ -165,6 +165,11 @@ def refuses_own(op: str, case: Case) -> str | None:
         return "our kernels are for NVIDIA cards"
     if not _has_triton():
         return "Triton is not installed"
+    return refuses_measured(op, case)
+
+
+def refuses_measured(op: str, case: Case) -> str | None:
+    """Why what `tune` may switch on is not, or None."""
     columns, depth = case.widths[:2]
     found = tune.found(op, case.device, case.rows, columns, depth)
     if found is None:
@@ -180,7 +185,7 @@ def _own_fp8_linear(
     from . import gemm
 
     found = tune.found("fp8_linear", codes.device, codes.shape[0], *weight.shape)
-    assert found is not None  # else it refuses
+    assert found is not None and found.tile is not None  # else it refuses
     weight_scale = weight_scale.float()
     return gemm.fp8(codes, scale, weight, weight_scale, found.tile, found.accumulate, dtype)
 
@@ -189,12 +194,20 @@ def _own_weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tenso
     from . import gemm
 
     found = tune.found("fp8_weight_linear", x.device, x.shape[0], *weight.shape)
-    assert found is not None
+    assert found is not None and found.tile is not None
     return gemm.weight_only(x, weight, weight_scale.float(), found.tile)
 
 
 def _refuses_own_fp8(case: Case) -> str | None:
-    return refuses_own("fp8_linear", case)
+    return refuses_own("fp8_linear", case) or other_form(case, own=True)
+
+
+def other_form(case: Case, own: bool) -> str | None:
+    """Why a product that `tune` found worth it is not ours, or not PyTorch's with blocks."""
+    found = tune.found("fp8_linear", case.device, case.rows, *case.widths[:2])
+    if found is None or (found.tile is not None) == own:
+        return None
+    return "another form was found faster on this card"
 
 
 def _refuses_own_weight(case: Case) -> str | None:

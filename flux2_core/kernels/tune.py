@@ -1,6 +1,6 @@
 """What our own matrix product gains on this card, measured there once and remembered.
 
-Nothing is measured unless asked (`python3 dev.py bench tune`): it takes a minute and the card for
+Nothing is measured unless asked (`python3 dev.py bench tune`): it takes minutes and the card for
 itself. Until then, and wherever our kernel is not at least WORTH times as fast as the next best,
 it stays off. Results are kept in the user's cache folder, apart for each card, driver and version
 of PyTorch and Triton.
@@ -26,10 +26,15 @@ from .tiles import Tile
 WORTH = 1.1  # times the speed of the next best, below which our kernel stays off
 
 # operation -> how its kernel may accumulate
+# The forms of fp8_linear_fused: "fused" with residual and gate, "lora" with a LoRA too, "narrow"
+# with codes so small that sums fit into float16. "mxfp8" is PyTorch's product (replicated.py).
 FORMS = {
-    "fp8_linear": ("block", "fp32"),
+    "fp8_linear": ("block", "mxfp8", "fp32"),
+    "fp8_linear_narrow": ("fp16",),
     "fp8_linear_fused": ("block", "fp32"),
-    "fp8_linear_narrow": ("fp16",),  # fp8_linear_fused with `narrow`
+    "fp8_linear_fused_narrow": ("fp16",),
+    "fp8_linear_lora": ("block", "fp32"),
+    "fp8_linear_lora_narrow": ("fp16",),
     "fp8_weight_linear": ("weight",),
 }
 
@@ -43,10 +48,11 @@ class Shape(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The best of our tiles for a kind of product, and the next best's time over its time."""
+    """The best form of a kind of product, with the best of our tiles where the kernel is ours, and
+    the next best's time over its time."""
 
     accumulate: str
-    tile: Tile
+    tile: Tile | None
     speedup: float
 
 
@@ -94,10 +100,13 @@ def card(device: torch.device) -> str:
 
 def found(op: str, device: torch.device, rows: int, columns: int, depth: int) -> Found | None:
     """What tuning found for a product, or None where it was not measured on this card."""
-    if not (known := _remembered(file())):
+    if device.type != "cuda" or not (known := _remembered()):
         return None
     line = known.get(card(device), {}).get(_key(op, rows, columns, depth))
-    return None if line is None else Found(line["accumulate"], Tile(*line["tile"]), line["speedup"])
+    if line is None:
+        return None
+    tile = None if line["tile"] is None else Tile(*line["tile"])
+    return Found(line["accumulate"], tile, line["speedup"])
 
 
 def remember(device_key: str, results: dict[str, Found]) -> Path:
@@ -113,12 +122,12 @@ def remember(device_key: str, results: dict[str, Found]) -> Path:
 
 
 def _written(results: dict[str, Found]) -> dict:
-    return {key: {**f._asdict(), "tile": list(f.tile)} for key, f in results.items()}
+    return {key: {**f._asdict(), "tile": f.tile and list(f.tile)} for key, f in results.items()}
 
 
 @cache
-def _remembered(target: Path) -> dict:
-    return _read(target)
+def _remembered() -> dict:
+    return _read(file())
 
 
 def _read(target: Path) -> dict:
@@ -151,14 +160,14 @@ def tune(
 ) -> dict[str, Found]:
     """Times every shipped tile of `arch` for every shape -> the best of each kind of product.
 
-    seconds(op, shape, accumulate, tile) runs one candidate, tile None being the next best, and
+    seconds(op, shape, accumulate, tile) runs one candidate, accumulate "" being the next best, and
     raises for what does not run or is wrong; `told` hears of each.
     """
     best: dict[str, Found] = {}
     for shape in wanted:
         for op, forms in FORMS.items():
-            choices = [(f, t) for f in forms for t in tiles.tiles(f, arch, shape.rows)]
-            if not choices:
+            choices = [(f, t) for f in forms for t in _tiles(f, arch, shape.rows)]
+            if not choices or not _asked(op, shape):
                 continue
             base = _timed(seconds, op, shape, "", None)
             told(base)
@@ -173,6 +182,18 @@ def tune(
                 ):
                     best[key] = Found(accumulate, tile, base.seconds / line.seconds)
     return best
+
+
+def _tiles(form: str, arch: int, rows: int) -> tuple[Tile | None, ...]:
+    """None for a form that PyTorch computes."""
+    if form == "mxfp8":
+        return (None,) if tiles.known(arch) == 120 else ()
+    return tiles.tiles(form, arch, rows)
+
+
+def _asked(op: str, shape: Shape) -> bool:
+    """Something is added to what leads back to the model's width alone."""
+    return shape.columns <= shape.depth or not ("fused" in op or "lora" in op)
 
 
 def _timed(seconds: Callable, op: str, shape: Shape, accumulate: str, tile: Tile | None) -> Line:

@@ -39,7 +39,9 @@ OPS = {
 WHO = {
     "triton": "our own kernel",
     "torch": "PyTorch's scaled product",
+    "mxfp8": "PyTorch's product with scales of blocks",
     "eager": "plain PyTorch",
+    "decoded": "PyTorch's product, after our own decoding",
     "cpu": "plain PyTorch, as processors like it",
     "reference": "plain PyTorch",
     "sdpa": "PyTorch",

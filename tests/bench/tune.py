@@ -36,10 +36,11 @@ def main() -> None:
         if line.seconds is None:
             print(f"{case} {line.accumulate} {line.tile}: {line.error}", file=sys.stderr)
             return
-        if line.tile is None:
+        if not line.accumulate:
             base[line.op, line.shape] = line.seconds
         ratio = line.seconds / base[line.op, line.shape]
-        name = f"{line.accumulate} {line.tile}" if line.tile else "next best"
+        form = line.accumulate if line.tile is None else f"{line.accumulate} {line.tile}"
+        name = form or "next best"
         out.add(case, name, line.seconds * 1e6, "us", peer="next best", ratio=ratio)
 
     arch = int(table.architecture(device).removeprefix("sm_"))

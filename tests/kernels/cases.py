@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from .gate import Case
-from flux2_pack.flux2_core.kernels import producers, tiles
+from flux2_pack.flux2_core.kernels import decode, producers, tiles
 
 LIMITS = tiles.SHARED_MEMORY
 SPILLS: dict[str, int] = {}  # cases that may spill, and how often
@@ -29,19 +29,20 @@ def all_cases() -> list[Case]:
 
 def elementwise() -> Iterator[Case]:
     """The kernels that quantise, norm and turn: exact divisions, loads of 128 bits."""
-    for kernel, signature, constants, warps, stages, arches in getattr(producers, "GATE", ()):
+    for kernel, signature, constants, warps, stages, arches in (*producers.GATE, *decode.GATE):
+        alone = kernel.__name__ == "decode_kernel"
         widths = " ".join(f"{k}={v}" for k, v in constants.items() if v is not None)
         for arch in arches:
             yield Case(
                 name=f"sm_{arch} {kernel.__name__} {widths}",
-                module="row_kernels",
+                module="decode" if alone else "row_kernels",
                 kernel=kernel.__name__,
                 arch=arch,
                 signature=signature,
                 constants=constants,
                 warps=warps,
                 stages=stages,
-                without_ptx=("div.full",),
+                without_ptx=(".ftz",) if alone else ("div.full",),
             )
 
 

@@ -12,7 +12,15 @@ from flux2_pack.flux2_core.kernels.tiles import Tile
 
 BF16 = torch.bfloat16
 M, N, K = 37, 96, 160
-PARTS = ["", "residual", "gate", "lora", "residual gate", "residual gate lora"]
+PARTS = [
+    "",
+    "residual",
+    "gate",
+    "lora",
+    "residual gate",
+    "residual gate lora",
+    "residual gates lora",
+]
 
 
 def operands(parts: str, rank: int = 12):
@@ -29,11 +37,17 @@ def operands(parts: str, rank: int = 12):
     if "lora" in parts:
         args |= {"low": numbers(M, rank).to(BF16), "up": numbers(N, rank).to(BF16)}
         y = y + args["low"].double() @ args["up"].double().T
-    if "gate" in parts:
+    if "gates" in parts:  # one for each of two pictures
+        args = {
+            k: v if k in ("weight", "weight_scale", "up") else v[: M - 1] for k, v in args.items()
+        }
+        args["gate"] = numbers(2, N).to(BF16)
+        y = y[: M - 1] * args["gate"].double().repeat_interleave(M // 2, 0)
+    elif "gate" in parts:
         args["gate"] = numbers(N).to(BF16)
         y = y * args["gate"].double()
     if "residual" in parts:
-        args["residual"] = numbers(M, N).to(BF16)
+        args["residual"] = numbers(len(y), N).to(BF16)
         y = args["residual"].double() + y
     return y, args
 
@@ -79,8 +93,14 @@ def test_it_is_off_until_measured(monkeypatch):
     case = table.Case(torch.device("cuda", 0), dtypes, widths, rows)
     chosen, refused = fused.FUSED.resolve(case)
     assert chosen.name == "eager" and "bench tune" in dict(refused)["triton"]
-    assert fused.FUSED.resolve(case._replace(widths=(*widths[:4], 1)))[0].name == "triton"
-    assert asked == ["fp8_linear_fused", "fp8_linear_narrow"]
+    for rank, narrow, add in ((0, 1, 1), (0, 1, 0), (16, 0, 1), (16, 1, 1)):
+        given = case._replace(widths=(*widths[:3], rank, narrow, add))
+        assert fused.FUSED.resolve(given)[0].name == "triton"
+    names = ("fused", "fused_narrow", "narrow", "lora", "lora_narrow")
+    assert asked == [f"fp8_linear_{name}" for name in names]
+    assert set(asked) < set(tune.FORMS)
+    wide = case._replace(dtypes=(dtypes[0], torch.float32))
+    assert "16 bits" in dict(fused.FUSED.resolve(wide)[1])["triton"]
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -96,7 +116,7 @@ def test_operation_holds_together(parts):
     "wrong",
     [
         {"residual": torch.zeros(M, N - 1)},
-        {"gate": torch.zeros(M, N)},
+        {"gate": torch.zeros(M - 1, N)},
         {"up": None},
         {"low": torch.zeros(M, 3, dtype=BF16)},
         {"scale": torch.ones(1, 1)},

@@ -55,15 +55,14 @@ def samples():
     w = (codes(24, 64), torch.rand(24, 1))
     return [
         ("quantize_rows", (x[0],)),
+        ("quantize_rows", (x[0], 32.0)),
         ("modulate_quantize", (x, shift, scale)),
+        ("modulate_quantize", (x, shift, scale, 32.0)),
         ("gated_modulate_quantize", (x, y, gate, shift, scale)),
+        ("gated_modulate_quantize", (x, y, gate, shift, scale, 16.0)),
         ("swiglu_quantize", (torch.randn(5, 200).bfloat16()[:, 72:],)),
         ("swiglu_quantize", (torch.randn(5, 128).bfloat16(), x[0])),
-        ("modulate", (x, shift, scale)),
-        ("gated_modulate", (x, y, gate, shift, scale)),
-        ("gated_add", (x, y, gate)),
-        ("swiglu", (torch.randn(5, 200).bfloat16()[:, 72:],)),
-        ("swiglu", (torch.randn(5, 128).bfloat16(), x[0])),
+        ("swiglu_quantize", (torch.randn(5, 128).bfloat16(), x[0], 16.0)),
         ("qk_norm_rope", (qkv, *weights[:2], *cut)),
         ("qk_norm_rope", heads),
         ("requantize", (torch.randn(6, 20), torch.rand(6, 1), 7)),
@@ -71,6 +70,11 @@ def samples():
         ("fp8_linear", (codes(5, 64), torch.rand(5, 1), w[0], torch.ones(()), torch.float32)),
         ("fp8_weight_linear", (x[0], *w)),
         ("fp8_weight_linear", (x[0], w[0], torch.ones(()))),
+        ("modulate", (x, shift, scale)),
+        ("gated_modulate", (x, y, gate, shift, scale)),
+        ("gated_add", (x, y, gate)),
+        ("swiglu", (torch.randn(5, 200).bfloat16()[:, 72:],)),
+        ("swiglu", (torch.randn(5, 128).bfloat16(), x[0])),
     ]
 
 

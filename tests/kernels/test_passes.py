@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flux2_pack.flux2_core.kernels import producers, reference
+from flux2_pack.flux2_core.kernels import decode, producers, reference
 from flux2_pack.tests.core.toys import decibels
 from flux2_pack.tests.kernels.test_producers import poisoned_memory, sides  # noqa: F401
 
@@ -71,3 +71,27 @@ def test_what_is_broken_stays_broken():
     assert made[0, 1].isnan().all() and made[0, [0, 2, 3]].isfinite().all()
     assert producers.gated_add(x, x, gate)[0, 1, 5].isnan()
     assert producers.modulate(x[:, :0], shift, scale).shape == (1, 0, 64)
+
+
+# -------------------------------------------------------------------------------- decoded weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_decoded_weights_are_pytorchs_own_bit_for_bit(rows, dtype):
+    """Every code, NaN too, with one scale and with one for each row."""
+    every = torch.arange(256, dtype=torch.uint8).repeat(rows, 9)[:, 3:].contiguous()
+    codes = every.view(torch.float8_e4m3fn)
+    for scale in (torch.rand(rows, 1) * 0.03, torch.tensor(0.7)):
+        right = (codes.float() * scale).to(dtype)
+        assert torch.equal(
+            decode.decoded(codes, scale, dtype).nan_to_num(7.25), right.nan_to_num(7.25)
+        )
+    assert decode.decoded(codes[:0], torch.ones(()), dtype).shape == (0, codes.shape[1])
+
+
+def test_products_of_decoded_weights_are_those_of_a_plain_layer():
+    x, codes = torch.randn(5, 64).bfloat16(), torch.randn(24, 64).to(torch.float8_e4m3fn)
+    scale = torch.rand(24, 1)
+    plain = torch.nn.functional.linear(x, (codes.float() * scale).bfloat16())
+    assert torch.equal(decode.weight_linear(x, codes, scale), plain)

@@ -108,6 +108,29 @@ def test_quantised_rows_of_all_sizes_are_identical(width, dtype):
     assert torch.equal(bits(codes), bits(right)) and torch.equal(scale, right_scale)
 
 
+@pytest.mark.parametrize("maximum", [448.0, 32.0, 16.0])
+def test_a_smaller_maximum(maximum):
+    """What sums in float16 ask for: no code above it, and every producer keeps to it."""
+    x = (torch.randn(10, 100) * torch.logspace(-6, 4, 10)[:, None]).bfloat16()
+    x[3], x[5, 2] = 0, torch.nan
+    codes, scale = producers.quantize_rows(x, maximum)
+    right, right_scale = reference.quantize_rows(x, maximum)
+    assert torch.equal(bits(codes), bits(right)) and torch.equal(bits(scale), bits(right_scale))
+    x, shift, scale, gate = sides(2, 6, 96)
+    y, mlp = torch.randn(2, 6, 96).bfloat16(), torch.randn(12, 192).bfloat16()
+    for made, wanted in (
+        (producers.modulate_quantize, (x, shift, scale)),
+        (producers.gated_modulate_quantize, (x, y, gate, shift, scale)),
+        (producers.swiglu_quantize, (mlp, y.flatten(0, 1))),
+        (producers.swiglu_quantize, (mlp, None)),
+    ):
+        codes, s = made(*wanted, maximum)[-2:]
+        right, right_scale = getattr(reference, made.__name__)(*wanted, maximum)[-2:]
+        assert codes.float().abs().max() == maximum
+        assert (steps(codes, right) > 0).double().mean() <= 0.005  # seen 0
+        assert ((s - right_scale).abs() <= 1e-5 * right_scale).all()
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf])
 def test_a_row_with_nan_or_infinity_shows(value):
     x = torch.randn(3, 100)

@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from flux2_pack.flux2_core import kernels
+from flux2_pack.flux2_core import kernels, narrow
 from flux2_pack.flux2_core.errors import Flux2Error
+from flux2_pack.flux2_core.kernels import table, tune
+
 from flux2_pack.flux2_core.formats import encode
 from flux2_pack.flux2_core.kernels import table
 from flux2_pack.flux2_core.kernels.reference import fp8_linear
+from flux2_pack.flux2_core.kernels.tiles import Tile
 from flux2_pack.flux2_core.precision import without_codes
 from flux2_pack.flux2_core.quantised import BLOCK_LINEARS
 from flux2_pack.tests.core.toys import decibels
@@ -158,3 +161,98 @@ def test_a_step_that_overflows_is_repeated_in_the_host(graph, monkeypatch, caplo
         op.chosen.clear()
     assert torch.equal(drawn, wanted)
     assert "single_blocks.0.linear1" in caplog.text
+
+
+# ------------------------------------------------------------- forms of products that tuning chose
+
+
+@pytest.fixture
+def tuned(monkeypatch):
+    """As if tuning had found gate, residual and LoRA in one pass, with sums in float16, worth it."""
+    tile = Tile(128, 128, 64, 4, 3)
+    found = {op: tune.Found("fp16", tile, 1.5) for op in tune.FORMS if op.endswith("narrow")}
+
+    def switch(on: bool) -> None:
+        monkeypatch.setattr(tune, "found", lambda op, *_: found.get(op) if on else None)
+
+    with kernels.use("reference"):
+        yield switch
+
+
+def pieces(model) -> dict:
+    """The file's own tensors, as every layer gives them back."""
+    found = layers(model).items()
+    parts = ((n, m.packed.parts) for n, m in found)
+    return {(n, k): v.reshape(-1).view(torch.uint8) for n, p in parts for k, v in p.items()}
+
+
+def agree(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_re_based_layers_in_the_host(graph, tuned, tmp_path):
+    """Loaded whole, in part and again; copied; with a LoRA beside; what is saved is the file's."""
+    file = tmp_path / "toy.safetensors"
+    save_file(toy.lora(toy.transformer(toy.KLEIN, 1)), file)
+    from flux2_pack.nodes.host_lora import with_lora
+
+    model = load(graph, precision="fp8")
+    patched = with_lora(model, str(file), 1.0)[0]
+    tuned(False)
+    stock, changed, before = toy.sampled(model), toy.sampled(patched), pieces(model)
+    tuned(True)
+    made = toy.sampled(model)
+    assert all(narrow.is_rebased(m.held) for m in layers(model).values())
+    assert decibels(made, stock) > 20  # seen 26.3
+    assert agree(pieces(model), before)
+    x, context = given()
+    outs = []
+    with torch.inference_mode():
+        for how in ({"lowvram_model_memory": 1}, {"full_load": True}):
+            model.load(model.load_device, **how)
+            net = model.model.diffusion_model
+            outs.append(net(x, torch.ones(1), context, transformer_options={}))
+            model.detach()
+    assert torch.equal(*outs)
+    assert torch.equal(toy.sampled(model.clone()), made)
+    assert decibels(toy.sampled(patched), changed) > 20  # seen 26.1
+    assert agree(pieces(model), before)
+
+
+def test_the_hosts_own_patch_on_a_re_based_layer(graph, tuned):
+    """Computed on the numbers that the file's codes stand for; then the codes are back."""
+    model, name = load(graph, precision="fp8"), "single_blocks.0.linear1"
+    tuned(True)
+    made, layer = toy.sampled(model), layers(model)[name]
+    decoded, before = layer.packed.decode(), pieces(model)
+    patched = model.clone()
+    key = f"diffusion_model.{name}.weight"
+    assert patched.add_patches({key: ("diff", (torch.ones(layer.shape),))}, 0.5)
+    model.detach()
+    patched.load(patched.load_device, full_load=True)
+    merged = layer.packed.decode()  # codes again, with scales of their own
+    assert layer.weight.dtype == torch.float8_e4m3fn and not narrow.is_rebased(layer.held)
+    assert decibels(merged, decoded + 0.5) > 28  # seen 29.6
+    toy.sampled(patched)  # does not re-base what a patch was worked into
+    assert not narrow.is_rebased(layer.held)
+    patched.detach()
+    assert narrow.is_rebased(layer.held) and agree(pieces(model), before)
+    assert torch.equal(toy.sampled(model), made)
+
+
+def test_a_re_based_model_is_saved_as_it_was_loaded(graph, tuned):
+    from flux2_pack.nodes.host_save import _weight
+
+    model, name = load(graph, precision="fp8"), "single_blocks.0.linear1.weight"
+    tuned(True)
+    network = model.model.diffusion_model
+    before = _weight(network, name).parts
+    toy.sampled(model)
+    after = _weight(network, name).parts
+    assert list(before) == list(after)
+    assert all(torch.equal(a.float(), before[n].float()) for n, a in after.items())
+    own = network.state_dict()  # the host's: a pair that means the same
+    pair = own[name].float() * own[name.replace("weight", "weight_scale")]
+    wanted = before["weight"].float() * before["weight_scale"]
+    assert (pair - wanted).abs().max() <= 4e-5 * wanted.abs().max()
+    assert not any("narrow" in key for key in own)
