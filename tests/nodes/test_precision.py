@@ -9,10 +9,8 @@ from safetensors.torch import save_file
 
 from flux2_pack.flux2_core import kernels, narrow
 from flux2_pack.flux2_core.errors import Flux2Error
-from flux2_pack.flux2_core.kernels import table, tune
-
 from flux2_pack.flux2_core.formats import encode
-from flux2_pack.flux2_core.kernels import table
+from flux2_pack.flux2_core.kernels import table, tune
 from flux2_pack.flux2_core.kernels.reference import fp8_linear
 from flux2_pack.flux2_core.kernels.tiles import Tile
 from flux2_pack.flux2_core.precision import without_codes
