@@ -69,6 +69,11 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
         """The file's codes and what stands beside them, where they are now."""
         return narrow.original(self.held)
 
+    def packed_with(self, codes: Tensor) -> Packed:
+        """The same with the file's codes, which the host keeps while a patched weight stands in."""
+        parts = {name: self._buffers[name] for name in self.beside}
+        return narrow.original(Packed(self.format, self.shape, {"weight": codes, **parts}))
+
     @property
     def held(self) -> Packed:
         """The same as products take them: re-based where a card wants that (narrow.py). A state

@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import folder_paths
-from torch import nn
 
 from ..flux2_core.configs import VARIANTS
 from ..flux2_core.errors import Flux2Error
@@ -32,7 +31,7 @@ def save(model, format: str, name: str) -> Path:
         )
     network = model.model.diffusion_model
     weights = {
-        _stored(name): partial(_weight, network, name) for name, _ in network.named_parameters()
+        _stored(name): partial(_weight, model, name) for name, _ in network.named_parameters()
     }
     variant = model.model.variant
     known = variant is not None and variant.name in VARIANTS
@@ -45,12 +44,14 @@ def _stored(name: str) -> str:
     return name.removesuffix("weight") + "scale" if name.endswith("_norm.weight") else name
 
 
-def _weight(network: nn.Module, name: str):
+def _weight(model, name: str):
+    """A weight as it was loaded: while a clone with a LoRA is in use, the host keeps it aside."""
     layer, _, part = name.rpartition(".")
-    module = network.get_submodule(layer)
+    module = model.model.diffusion_model.get_submodule(layer)
+    aside = model.backup.get(f"diffusion_model.{name}")
     if isinstance(module, QuantLinear):
-        return module.packed
-    return getattr(module, part).detach()
+        return module.packed if aside is None else module.packed_with(aside.weight)
+    return getattr(module, part).detach() if aside is None else aside.weight
 
 
 def target(name: str) -> Path:

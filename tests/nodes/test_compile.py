@@ -74,6 +74,47 @@ def test_one_graph(host, tmp_path, stored, lora):
         assert toy.difference(drawn, toy.sampled(model)) < 1e-5  # seen 0
 
 
+@pytest.mark.parametrize("lora", ["ours", "host"])
+def test_one_graph_of_offloaded_layers(host, tmp_path, lora):
+    """With room for a part of the weights only."""
+    model = changed(model_of("fp8"), lora, tmp_path)
+    network, counter = model.model.diffusion_model, CompileCounterWithBackend("eager")
+    run = torch.compile(network, backend=counter)
+    x, context = toy.latents(3, (8, 8))[0], torch.randn(1, 512, 384)
+    with torch.inference_mode():
+        model.patch_model(load_weights=False)
+        model.load(model.load_device, lowvram_model_memory=1)
+        for time in (1.0, 0.5):
+            given = x, torch.full((1,), time), context
+            wanted = network(*given, transformer_options={})
+            assert toy.difference(run(*given, transformer_options={}), wanted) < 1e-5  # seen 0
+        model.detach()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("control", ["strength", "Flux2KitStepCache", "Flux2KitReferenceCache"])
+def test_controls_break_the_graph_and_nothing_else(host, monkeypatch, control):
+    """They read what stands in tensors: how far the run is, what is known from earlier steps."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    from flux2_pack.nodes.host_controls import EMPTY, STOCK
+
+    model = model_of("plain")
+    if control == "strength":
+        kit = {**EMPTY, "references": [{**STOCK, "strength": 0.5}, dict(STOCK)]}
+        stock = toy.conditioning
+
+        def steered(*args, **options):
+            return stock(*args, **options, **({"flux2_kit": kit} if options else {}))
+
+        monkeypatch.setattr(toy, "conditioning", steered)
+    else:
+        model = host.call(control, model=model)[0]
+    twin = model.clone()
+    set_torch_compile_wrapper(twin, backend="eager")
+    assert toy.difference(toy.sampled(twin), toy.sampled(model)) < 1e-5  # seen 0
+
+
 def test_a_step_that_overflows_is_repeated(host, caplog):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 

@@ -56,6 +56,28 @@ def test_what_is_saved_is_what_is_loaded(host, model, output, form):
     )
 
 
+@pytest.mark.parametrize("stored", ["plain", "fp8", "nvfp4"])
+def test_a_lora_that_is_in_use_elsewhere_is_not_saved(host, model, output, stored):
+    """A clone with a LoRA shares its layers with the bare MODEL, and may be the one that is loaded."""
+    import comfy.sd
+
+    if stored != "plain":
+        (path,) = host.call("Flux2KitSaveQuantized", model=model, format=stored, name="bare")
+        (model,) = host.call("Flux2KitModelLoader", model=_placed(host, path, f"bare-{stored}"))
+    form = stored if stored != "plain" else "fp8"
+    (bare,) = host.call("Flux2KitSaveQuantized", model=model, format=form, name="before")
+    lora = toy.lora(toy.transformer(toy.KLEIN, 1))
+    changed = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
+    changed.load(changed.load_device, full_load=True)
+    (again,) = host.call("Flux2KitSaveQuantized", model=model, format=form, name="while")
+    changed.detach()
+    a, b = load_file(bare), load_file(again)
+    assert a.keys() == b.keys()
+    assert all(
+        torch.equal(a[k].flatten().view(torch.uint8), b[k].flatten().view(torch.uint8)) for k in a
+    )
+
+
 def test_the_loader_says_what_it_took_a_file_for(host, model, caplog):
     with caplog.at_level(logging.INFO):
         host.call("Flux2KitModelLoader", model="toy-klein.safetensors")

@@ -244,9 +244,9 @@ def test_a_re_based_model_is_saved_as_it_was_loaded(graph, tuned):
     model, name = load(graph, precision="fp8"), "single_blocks.0.linear1.weight"
     tuned(True)
     network = model.model.diffusion_model
-    before = _weight(network, name).parts
+    before = _weight(model, name).parts
     toy.sampled(model)
-    after = _weight(network, name).parts
+    after = _weight(model, name).parts
     assert list(before) == list(after)
     assert all(torch.equal(a.float(), before[n].float()) for n, a in after.items())
     own = network.state_dict()  # the host's: a pair that means the same
