@@ -94,7 +94,7 @@ def fp8_linear_fused_own(
     gate = None if gate is None else gate.reshape(pictures, -1).contiguous()
     scale, weight_scale = scale.float().contiguous(), weight_scale.float().contiguous()
     out = codes.new_empty((codes.shape[0], weight.shape[0]), dtype=dtype)
-    for i in range(pictures):
+    for i in range(pictures if rows else 0):
         part = slice(i * rows, (i + 1) * rows)
         parts = gemm.Epilogue(
             None if residual is None else residual[part],

@@ -141,3 +141,17 @@ def test_narrow_codes_sum_in_float16(monkeypatch):
     y = fused.fp8_linear_fused_own(**args, narrow=True)
     assert rel(y, fused.fp8_linear_fused_reference(**args).double()) <= 2.5e-3
     assert rel(y, wanted) <= 0.03  # these codes were rounded twice
+
+
+@pytest.mark.parametrize("who", ["reference", "eager", "own"])
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_no_rows(who, pictures, monkeypatch):
+    """The text of references that are computed alone."""
+    found = tune.Found("block", Tile(32, 32, 64, 4, 2), 1.2)
+    monkeypatch.setattr(tune, "found", lambda *_: found)
+    _, args = operands("residual gate lora")
+    rows = ("codes", "scale", "residual", "low")
+    none = args | {name: args[name][:0] for name in rows} | {"gate": torch.ones(pictures, N)}
+    made = getattr(fused, f"fp8_linear_fused_{who}")(**none)
+    assert made.shape == (0, N) and made.dtype == BF16
+    assert kernels.fp8_linear_fused(**none).shape == (0, N)

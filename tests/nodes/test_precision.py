@@ -230,7 +230,7 @@ def test_the_hosts_own_patch_on_a_re_based_layer(graph, tuned):
     patched.load(patched.load_device, full_load=True)
     merged = layer.packed.decode()  # codes again, with scales of their own
     assert layer.weight.dtype == torch.float8_e4m3fn and not narrow.is_rebased(layer.held)
-    assert decibels(merged, decoded + 0.5) > 28  # seen 29.6
+    assert decibels(merged, decoded + 0.5) > 27  # seen 28.3
     toy.sampled(patched)  # does not re-base what a patch was worked into
     assert not narrow.is_rebased(layer.held)
     patched.detach()

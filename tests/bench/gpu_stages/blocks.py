@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +178,9 @@ def forms(b: Bench, bf16: nn.Module) -> dict[str, nn.Module]:
 
 def _peer(b: Bench, name: str, bf16: nn.Module) -> nn.Module | None:
     try:
-        return PEERS[name](bf16)
+        made = PEERS[name](bf16)
+        b.out.add("peers", f"{name}, version {version(name.split()[0])}", 1, "")
+        return made
     except Exception as error:
         b.out.add("peers", f"{name} is absent: {type(error).__name__}: {error}"[:200], 0, "")
         return None
