@@ -93,6 +93,10 @@ def rotate(x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> T
     """
     if cos is None or sin is None:
         return x
+    if torch.compiler.is_compiling():  # it fuses sums of products, and no complex numbers
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+        return turned.to(x.dtype)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
     return turned.to(x.dtype, memory_format=torch.contiguous_format)

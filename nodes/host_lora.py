@@ -35,23 +35,23 @@ def with_lora(model, path: str, strength: float):
         )
     deltas, report = read(path, config, {name: shape(layer) for name, layer in layers.items()})
     some = deltas[:: max(1, len(deltas) // SAMPLE)]
-    weights = (weight_of(layers[delta.place.layer]) for delta in some)
+    weights = (weight_of(model, delta.place.layer) for delta in some)
     with torch.inference_mode():
         report.relative = relative(some, weights, config.hidden_size)
     report.measured = len(some) if len(some) < len(deltas) else None
     out = model.clone()
     if strength:
         beside = [d for d in deltas if isinstance(layers[d.place.layer], QuantLinear)]
-        _branch(out, beside, layers, config.hidden_size, strength)
+        _branch(out, beside, config.hidden_size, strength)
         _patch(out, [d for d in deltas if d not in beside], config.hidden_size, strength)
     return out, report
 
 
-def _branch(model, deltas: Iterable[Delta], layers: dict, width: int, strength: float) -> None:
+def _branch(model, deltas: Iterable[Delta], width: int, strength: float) -> None:
     """Side branches as attributes that the host sets while this clone is in use."""
     for delta in deltas:
         name = f"diffusion_model.{delta.place.layer}.branches"
-        branch = Branch(delta, partial(weight_of, layers[delta.place.layer]), width)
+        branch = Branch(delta, partial(weight_of, model, delta.place.layer), width)
         before = model.object_patches.get(name, ())
         model.add_object_patch(name, (*before, Change(branch, strength)))
 
@@ -111,9 +111,11 @@ def shape(layer: nn.Module) -> tuple[int, int]:
     return rows, columns
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    return (
-        layer.convert_weight(layer.weight).float()
-        if isinstance(layer, QuantLinear)
-        else layer.weight
-    )
+def weight_of(model, layer: str) -> Tensor:
+    """A layer's weight as it was loaded: while a clone with a LoRA is in use, the host keeps it aside."""
+    module = model.model.diffusion_model.get_submodule(layer)
+    aside = model.backup.get(f"diffusion_model.{layer}.weight")
+    if isinstance(module, QuantLinear):
+        packed = module.packed if aside is None else module.packed_with(aside.weight)
+        return packed.decode()
+    return module.weight if aside is None else aside.weight

@@ -198,6 +198,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
         codes = kernels.requantize(weight, scale, seed or 0)
         if inplace_update:
             self.weight.data.copy_(codes)
+            self.rebases = False  # what is copied back later has the base that there is now
             return
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.merged = scale if "weight_scale" in self.beside else None

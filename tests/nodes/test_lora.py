@@ -111,6 +111,30 @@ def test_beside_quantised_weights(host, state, file, form):
     assert torch.equal(toy.sampled(model), stock)
 
 
+@pytest.mark.parametrize("form", ["", "float8_e4m3fn", "nvfp4"])
+def test_weights_are_read_as_they_were_loaded(host, state, form):
+    """For DoRA's norms and for the report: a clone with another LoRA, which shares the layers, may be in
+    use at the moment."""
+    import comfy.sd
+
+    packed = {k: encode(v, form) if form and k.endswith(BLOCKS) else v for k, v in state.items()}
+    model, tensors = toy.ours(toy.KLEIN, packed), {}
+    for name, (a, b) in factors(state).items():
+        norms = state[f"{name}.weight"].norm(dim=1, keepdim=True) * 1.1
+        parts = {"lora_A.weight": a, "lora_B.weight": b, "dora_scale": norms}
+        tensors |= {f"diffusion_model.{name}.{part}": t for part, t in parts.items()}
+    save_file(tensors, host.models("loras") / "toy-dora.safetensors")
+    wanted, said = applied(host, model, "toy-dora.safetensors")
+    drawn = toy.sampled(wanted)
+    other = comfy.sd.load_lora_for_models(model, None, toy.lora(state), 5.0, 0)[0]
+    wanted.detach()
+    other.load(other.load_device, full_load=True)
+    again, told = applied(host, model, "toy-dora.safetensors")
+    other.detach()
+    assert told == said
+    assert torch.equal(toy.sampled(again), drawn)
+
+
 def test_several_add_up(host, state, file):
     packed = {k: encode(v, "float8_e4m3fn") if k.endswith(BLOCKS) else v for k, v in state.items()}
     for weights in (state, packed):

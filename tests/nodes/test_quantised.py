@@ -332,3 +332,20 @@ def test_codes_stay_on_the_device_between_steps(host, monkeypatch):
     assert toy.ours(toy.KLEIN, dict(state)).is_dynamic()
     packed = toy.ours(toy.KLEIN, quantised(state, "float8_e4m3fn"))
     assert not isinstance(packed, Dynamic)
+
+
+def test_layers_that_the_host_makes_without_weights_are_filled(host):
+    """As those hosts build a network, with a MODEL that is loaded at once."""
+    memory = pytest.importorskip(
+        "comfy.memory_management", reason="this ComfyUI keeps no weights in files"
+    )
+    if not hasattr(memory, "aimdo_enabled"):
+        pytest.skip("this ComfyUI keeps no weights in files")
+    state = quantised(toy.transformer(toy.KLEIN, 1), "float8_e4m3fn")
+    memory.aimdo_enabled = True
+    try:
+        model = toy.ours(toy.KLEIN, state)
+    finally:
+        memory.aimdo_enabled = False
+    whole = toy.ours(toy.KLEIN, plain(state))
+    assert toy.difference(toy.sampled(model), toy.sampled(whole)) < 1e-5  # observed 0
