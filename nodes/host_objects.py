@@ -91,8 +91,7 @@ def build_model(
     compute(network, wanted)
     if not memory.is_device_cpu(devices["offload_device"]):
         model.to(devices["offload_device"])
-    coded = any(isinstance(layer, host_quant.QuantLinear) for layer in network.modules())
-    # What faults weights in does so for the host's own layers: codes would cross the bus at each use.
+    coded = host_quant.coded(network)
     patcher = patch(model, **devices, reload=reload, disable_dynamic=disable_dynamic or coded)
     if coded:
         # for speed the host would keep patched numbers, and copy them onto codes at the next step

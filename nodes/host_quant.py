@@ -244,6 +244,12 @@ def install(network: nn.Module, state: Mapping, dtype: torch.dtype) -> dict[str,
     return out
 
 
+def coded(network: nn.Module) -> bool:
+    """True where layers hold codes. Hosts that fault weights in do so for their own layers: codes
+    would cross the bus at each use. Such a network takes the older patcher, which loads layers once."""
+    return any(isinstance(layer, QuantLinear) for layer in network.modules())
+
+
 def plain(state: Mapping) -> dict[str, Tensor]:
     """The weights that are plain numbers."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}

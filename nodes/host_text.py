@@ -114,7 +114,7 @@ def build_clip(
         named,
         **devices,
         reload=reload,
-        disable_dynamic=disable_dynamic,
+        disable_dynamic=disable_dynamic or host_quant.coded(clip.cond_stage_model),
         keep=partial(_keep, clip.cond_stage_model, dtype),
     )
     clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram

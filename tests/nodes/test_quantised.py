@@ -332,6 +332,16 @@ def test_codes_stay_on_the_device_between_steps(host, monkeypatch):
     assert toy.ours(toy.KLEIN, dict(state)).is_dynamic()
     packed = toy.ours(toy.KLEIN, quantised(state, "float8_e4m3fn"))
     assert not isinstance(packed, Dynamic)
+    assert toy.clip().patcher.is_dynamic()
+    assert not isinstance(toy.clip(change=coded_text).patcher, Dynamic)
+
+
+def coded_text(state: dict) -> dict:
+    """A text encoder's large matrices in fp8."""
+    from flux2_pack.flux2_core.formats import encode
+
+    big = {k for k, v in state.items() if v.ndim == 2 and "proj" in k}
+    return {k: encode(v, "float8_e4m3fn") if k in big else v for k, v in state.items()}
 
 
 def test_layers_that_the_host_makes_without_weights_are_filled(host):

@@ -158,13 +158,13 @@ def lora(state: dict, seed: int = 5, rank: int = 4) -> dict:
     return out
 
 
-def clip(seed: int = 3):
+def clip(seed: int = 3, change=lambda state: state):
     """Our CLIP with random weights in nano's form."""
     from flux2_pack.flux2_core.tokenizer import nano_tokenizer
     from flux2_pack.nodes import host_text
 
     tokenizer = nano_tokenizer()
-    return host_text.build_clip(configs.NANO_TEXT, text_state(seed), tokenizer, (None, ()))
+    return host_text.build_clip(configs.NANO_TEXT, change(text_state(seed)), tokenizer, (None, ()))
 
 
 def node(kind: str, **inputs) -> dict:
