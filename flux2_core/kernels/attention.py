@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import Flux2Error
 from .attention_providers import PROVIDERS, LseKernel, Provider
-from .ops import _library, fp8_linear
+from .ops import define, fp8_linear
 from .table import Row
 
 log = logging.getLogger(__name__)
@@ -205,20 +205,17 @@ attention, attention_lse = Question(lse=False), Question(lse=True)
 # For torch.compile: who gives the log-sum-exp is found by trying, which is nothing to be traced.
 
 
-def _lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, sums = attention_lse(q, k, v)
     return out.contiguous(), sums.float().contiguous()
 
 
-def _fake_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-_space = fp8_linear.namespace
-_library(_space).define("attention_lse(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
-_library(_space).impl("attention_lse", _lse, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{_space}::attention_lse", _fake_lse, lib=_library(_space))
-_opaque_lse = getattr(torch.ops, _space).attention_lse.default
+_SCHEMAS = {"attention_lse": "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)"}
+_opaque_lse = define(_SCHEMAS, globals(), fp8_linear.namespace)["attention_lse"]
 
 
 # ------------------------------------------------------------------------------------ right and fast
