@@ -65,7 +65,7 @@ def form(layer: Any, x: Tensor, add: bool = False, low: bool = False) -> Form:
 
 def product(x: Tensor, packed: Packed, how: Form | None) -> Tensor:
     """x (..., K) by a matrix (N, K) -> (..., N): both in the matrix's format, or decoded for None.
-    e4m3 codes are multiplied by bfloat16 as they are, and scaled after."""
+    How e4m3 codes meet bfloat16 is `kernels.fp8_weight_linear`'s affair."""
     rows, weight = x.reshape(-1, x.shape[-1]), packed.parts["weight"]
     if how is None:
         if packed.format != FP8 or x.dtype != torch.bfloat16:

@@ -82,6 +82,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def hold(self, packed: Packed) -> None:
         """Its tensors from now on."""
+        self._buffers.clear()
         self.weight = nn.Parameter(packed.parts["weight"], requires_grad=False)
         self.beside = tuple(name for name in packed.parts if name != "weight")
         for name in self.beside:
@@ -201,7 +202,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
             self.rebases = False  # what is copied back later has the base that there is now
             return
         self.weight = nn.Parameter(codes, requires_grad=False)
-        self.merged = scale if "weight_scale" in self.beside else None
+        self.merged = scale
 
     def __setattr__(self, name: str, value):
         if name == "weight":  # the host puts the file's codes back: their own scale holds again
@@ -210,7 +211,7 @@ class QuantLinear(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged is not None:
+        if self.merged is not None and "weight_scale" in self.beside:  # else it is 1
             destination[f"{prefix}weight_scale"] = self.merged
 
     def _apply(self, fn, recurse: bool = True):

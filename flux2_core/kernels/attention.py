@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..errors import Flux2Error
 from .attention_providers import PROVIDERS, LseKernel, Provider
-from .ops import _library, fp8_linear
-from .table import Row
+from .ops import define, fp8_linear
+from .table import Row, Wish
 
 log = logging.getLogger(__name__)
 
@@ -205,33 +205,30 @@ attention, attention_lse = Question(lse=False), Question(lse=True)
 # For torch.compile: who gives the log-sum-exp is found by trying, which is nothing to be traced.
 
 
-def _lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     out, sums = attention_lse(q, k, v)
     return out.contiguous(), sums.float().contiguous()
 
 
-def _fake_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_attention_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-_space = fp8_linear.namespace
-_library(_space).define("attention_lse(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
-_library(_space).impl("attention_lse", _lse, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{_space}::attention_lse", _fake_lse, lib=_library(_space))
-_opaque_lse = getattr(torch.ops, _space).attention_lse.default
+_SCHEMAS = {"attention_lse": "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)"}
+_opaque_lse = define(_SCHEMAS, globals(), fp8_linear.namespace)["attention_lse"]
 
 
 # ------------------------------------------------------------------------------------ right and fast
 
 
 def _sample(device: torch.device, dtype: torch.dtype, head_dim: int, queries: int, keys: int):
-    """q, k, v (1, 2, L, D) laid out as the transformer's are: v is a view. As in trained models,
-    keys share a mean that is larger than what tells them apart."""
+    """q, k, v (1, 2, L, D) laid out as the passes of `qk_norm_rope` leave them, a token's heads beside
+    each other. As in trained models, keys share a mean that is larger than what tells them apart."""
     made = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, 2, head_dim, generator=made) for n in (queries, keys, keys))
     k = k + 2 * torch.randn(1, 1, 2, head_dim, generator=made)
     q, k, v = (x.to(device, dtype).transpose(1, 2) for x in (q, k, v))
-    return q.contiguous(), k.contiguous(), v
+    return q, k, v
 
 
 def _wrong(kernel, exact: bool, lse: bool, device, dtype, head_dim: int) -> str:
@@ -324,20 +321,11 @@ def _bucket(rows: int) -> int:
 _wish = os.environ.get("FLUX2_ATTENTION", "").strip().lower() or AUTO
 
 
-class use:
+def use(name: str) -> Wish:
     """use("sdpa"): from now on, or for a `with` block, this provider, where it is right: auto, sdpa,
     flash, cudnn, sage, sage3, kitchen. The environment's FLUX2_ATTENTION says the same at the
     start. Raises Flux2Error for an unknown name."""
-
-    def __init__(self, name: str):
-        self.before = _wish
-        _set(name)
-
-    def __enter__(self) -> "use":
-        return self
-
-    def __exit__(self, *_) -> None:
-        _set(self.before)
+    return Wish(_set, name, _wish)
 
 
 def _set(name: str) -> None:

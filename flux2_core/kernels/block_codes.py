@@ -233,16 +233,9 @@ _PLAIN = {
 }
 
 
-def _define(name: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """In the namespace that the other operations have found free."""
-    space = ops.fp8_linear.namespace
-    library = ops._library(space)
-    library.define(name + _SCHEMAS[name])
-    library.impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{space}::{name}", globals()[f"_fake_{name}"], lib=library)
-    register(name, "reference", 0, partial(_PLAIN[name], many=False))
-    register(name, "eager", eager.PRIORITY, _PLAIN[name])
-    return getattr(getattr(torch.ops, space), name).default
+for _name, _plain in _PLAIN.items():
+    register(_name, "reference", 0, partial(_plain, many=False))
+    register(_name, "eager", eager.PRIORITY, _plain)
 
-
-quantize_blocks, modulate_quantize_blocks, swiglu_quantize_blocks = map(_define, _SCHEMAS)
+_made = ops.define(_SCHEMAS, globals(), ops.fp8_linear.namespace)
+quantize_blocks, modulate_quantize_blocks, swiglu_quantize_blocks = (_made[n] for n in _SCHEMAS)

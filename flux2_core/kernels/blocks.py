@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..formats import Packed
-from .ops import _fit, _library, fp8_linear
+from .ops import _fit, define, fp8_linear
 from .scaled import padded
 from .table import Case, operation, register
 
@@ -276,6 +276,8 @@ def _scales_fit(scale: Tensor, codes: Tensor, block: int) -> bool:
 
 def _mxfp8_linear(codes, scale, weight, weight_scale, dtype=BF16):
     args = (codes, scale, weight, weight_scale)
+    if not codes.shape[0]:
+        return _fake_mxfp8_linear(*args, dtype)
     _mxfp8_fits(*args)
     return MXFP8(codes.device, (codes.dtype, dtype), weight.shape, codes.shape[0], *args, dtype)
 
@@ -293,6 +295,8 @@ def _mxfp8_fits(codes, scale, weight, weight_scale) -> None:
 
 def _nvfp4_linear(codes, scale, whole, weight, weight_scale, weight_whole, dtype=BF16):
     args = (codes, scale, whole, weight, weight_scale, weight_whole)
+    if not codes.shape[0]:
+        return _fake_nvfp4_linear(*args, dtype)
     _nvfp4_fits(*args)
     widths = (weight.shape[0], weight.shape[1] * 2, weight_whole.numel())
     return NVFP4(codes.device, (codes.dtype, dtype), widths, codes.shape[0], *args, dtype)
@@ -312,6 +316,8 @@ def _nvfp4_fits(codes, scale, whole, weight, weight_scale, weight_whole) -> None
 
 
 def _int8_linear(x, weight, weight_scale):
+    if not x.shape[0]:
+        return _fake_int8_linear(x, weight, weight_scale)
     _int8_fits(x, weight, weight_scale)
     widths = (*weight.shape, weight_scale.numel())
     return INT8(x.device, (x.dtype, weight.dtype), widths, x.shape[0], x, weight, weight_scale)
@@ -337,14 +343,5 @@ _SCHEMAS = {
 }
 
 
-def _define(name: str) -> Callable[..., Tensor]:
-    """In the namespace that the other operations have found free."""
-    space = fp8_linear.namespace
-    library = _library(space)
-    library.define(name + _SCHEMAS[name])
-    library.impl(name, globals()[f"_{name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{space}::{name}", globals()[f"_fake_{name}"], lib=library)
-    return getattr(getattr(torch.ops, space), name).default
-
-
-mxfp8_linear, nvfp4_linear, int8_linear = (_define(name) for name in _SCHEMAS)
+_made = define(_SCHEMAS, globals(), fp8_linear.namespace)
+mxfp8_linear, nvfp4_linear, int8_linear = (_made[name] for name in _SCHEMAS)

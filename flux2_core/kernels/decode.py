@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jit import kernel
-from .producers import FLOATS, triton_missing
+from .jit import kernel, triton_missing
+from .producers import FLOATS
 from .table import Case, register
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference, scaled, tune
-from .ops import _fit, _library, fp8_linear
+from .ops import _fit, define, fp8_linear
 from .reference import E4M3, wide
 from .table import Case, operation, register
 
@@ -32,8 +32,9 @@ def fp8_linear_fused_reference(
     """residual + gate (codes @ weight' + low @ up') -> (M, N), rounded once.
 
     The product as `reference.fp8_linear`; residual (M, N); gate (N,), one for all rows, or (B, N),
-    one for each of B pictures of M / B rows; low (M, r) is x @ down' of a LoRA and up (N, r). `narrow` promises codes within gemm.ACTIVATION_MAX[64] and
-    weights within gemm.WEIGHT_MAX (`gemm.rebase`), whose sums fit into float16.
+    one for each of B pictures of M / B rows; low (M, r) is x @ down' of a LoRA and up (N, r).
+    `narrow` promises codes within gemm.ACTIVATION_MAX of the tile that tuning found, and weights
+    within gemm.WEIGHT_MAX (`gemm.rebase`), whose sums fit into float16.
     """
     y = reference.fp8_linear(codes, scale, weight, weight_scale, torch.float32)
     if low is not None and up is not None:
@@ -140,6 +141,8 @@ def _fp8_linear_fused(
     narrow=False, dtype=BF16,
 ):  # fmt: skip
     tensors = (codes, scale, weight, weight_scale, residual, gate, low, up)
+    if not codes.shape[0]:
+        return _fake_fp8_linear_fused(*tensors, narrow, dtype)
     _fit(_fits(*tensors), FUSED, *tensors)
     rank, add = 0 if low is None else low.shape[1], residual is not None or gate is not None
     widths = (*weight.shape, weight_scale.numel(), rank, int(narrow), int(add))
@@ -177,15 +180,9 @@ def _gate_fits(gate: Tensor, rows: int, columns: int) -> bool:
     return gate.ndim == 2 and gate.shape[1] == columns and rows % max(1, gate.shape[0]) == 0
 
 
-_library(fp8_linear.namespace).define(
-    f"{NAME}(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? residual=None,"
+_SCHEMA = (
+    "(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? residual=None,"
     " Tensor? gate=None, Tensor? low=None, Tensor? up=None, bool narrow=False,"
     " ScalarType dtype=bfloat16) -> Tensor"
 )
-_library(fp8_linear.namespace).impl(NAME, _fp8_linear_fused, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    f"{fp8_linear.namespace}::{NAME}",
-    _fake_fp8_linear_fused,
-    lib=_library(fp8_linear.namespace),
-)
-fp8_linear_fused = getattr(torch.ops, fp8_linear.namespace).fp8_linear_fused.default
+fp8_linear_fused = define({NAME: _SCHEMA}, globals(), fp8_linear.namespace)[NAME]

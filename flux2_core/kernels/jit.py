@@ -12,9 +12,23 @@ only inside functions marked with `@kernel`:
 
 import threading
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 _lock = threading.RLock()
+
+
+@lru_cache(maxsize=1)
+def triton_missing() -> str | None:
+    """Why Triton cannot be used here, or None. On Windows it is a package of its own, which may be
+    broken."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return "Triton is not installed" if error.name == "triton" else f"Triton: {error}"
+    except Exception as error:
+        return f"Triton does not import: {type(error).__name__}: {error}"
+    return None
 
 
 class Kernel:

@@ -5,13 +5,13 @@ and what the compile gate compiles. What each operation means is said in `refere
 with a scale for each block, in `block_codes`.
 """
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .block_codes import FORMS, from_rows
+from .jit import triton_missing
 from .reference import E4M3, E4M3_MAX
 from .row_kernels import (
     gated_add_kernel,
@@ -257,18 +257,6 @@ def requantize(weight: Tensor, scale: Tensor, seed: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------- where they may run
-
-
-@lru_cache(maxsize=1)
-def triton_missing() -> str | None:
-    """Why Triton cannot be used here, or None."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return "Triton is not installed" if error.name == "triton" else f"Triton: {error}"
-    except Exception as error:
-        return f"Triton does not import: {type(error).__name__}: {error}"
-    return None
 
 
 def _refuses(case: Case, oldest: int, width: int, fp8: bool = True) -> str | None:

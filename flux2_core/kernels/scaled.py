@@ -3,13 +3,13 @@ and our own kernels where `tune` found them faster on this card.
 """
 
 import os
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import tune
+from .jit import triton_missing
 from .table import Case, register
 
 BF16 = torch.bfloat16
@@ -149,23 +149,11 @@ def _chunks(*matrices: Tensor):
 # --------------------------------------------------------------------------------- our own kernels
 
 
-@cache
-def _has_triton() -> bool:
-    """Whether Triton imports; on Windows it is a package of its own, that may be broken."""
-    try:
-        import triton  # noqa: F401
-    except Exception:
-        return False
-    return True
-
-
 def refuses_own(op: str, case: Case) -> str | None:
     """Why a kernel of ours does not serve a case of an operation that `tune` measures, or None."""
     if not case.arch.startswith("sm_"):
         return "our kernels are for NVIDIA cards"
-    if not _has_triton():
-        return "Triton is not installed"
-    return refuses_measured(op, case)
+    return triton_missing() or refuses_measured(op, case)
 
 
 def refuses_measured(op: str, case: Case) -> str | None:

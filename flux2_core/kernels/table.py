@@ -199,7 +199,21 @@ _wish = os.environ.get("FLUX2_KERNELS", "").strip() or AUTO
 _named = _split(_wish)
 
 
-class use:
+class Wish:
+    """What is `put` from now on, or for a `with` block: then `before` comes back."""
+
+    def __init__(self, put: Callable[[str], None], name: str, before: str):
+        self.put, self.before = put, before
+        put(name)
+
+    def __enter__(self) -> "Wish":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.put(self.before)
+
+
+def use(names: str) -> Wish:
     """use("reference"): from now on, or for a `with` block, these implementations come first.
 
     auto (the fastest that serves), off (the model's own layers, bit for bit what they are without
@@ -207,16 +221,7 @@ class use:
     several with commas. What they do not serve, plain PyTorch does. The
     environment's FLUX2_KERNELS says the same at the start. Raises Flux2Error for an unknown name.
     """
-
-    def __init__(self, names: str):
-        self.before = _wish
-        _set(names)
-
-    def __enter__(self) -> "use":
-        return self
-
-    def __exit__(self, *_) -> None:
-        _set(self.before)
+    return Wish(_set, names, _wish)
 
 
 def _set(names: str) -> None:

@@ -25,7 +25,6 @@ class Tile(NamedTuple):
 
 # Rows of a GEMM up to which the tiles for few rows serve: 512 text tokens, padded.
 FEW_ROWS = 1024
-ROW_BUCKETS = ("few", "many")
 
 # Bytes of shared memory that one block may ask for. The compiler does not check it.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}

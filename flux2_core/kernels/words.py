@@ -133,9 +133,9 @@ def _stored(layer: nn.Module, weight: torch.Tensor, device: torch.device) -> str
         changed = ", patched" if form is not None else ""
         return FORMATS.get(dtype, dtype) + changed
     name, chosen = FORMATS.get(form, form), getattr(layer, "compute", "weights") == "fp8"
-    packed: Any = getattr(layer, "packed", None)
+    held: Any = getattr(layer, "held", None)
     like = torch.empty(0, dtype=torch.bfloat16, device=device)
-    if chosen and packed is not None and form in NATIVE and native(packed, like):
+    if chosen and held is not None and form in NATIVE and native(held, like):
         return f"{name}, multiplied in {name}"
     if form != "float8_e4m3fn":
         return f"{name}, decoded at each use"

@@ -20,6 +20,24 @@ if INSIDE:
 
     shim.install()
 
+
+@pytest.fixture
+def fussy(monkeypatch):
+    """fussy(op): whoever serves it fails, as some libraries do where a tensor is empty. References
+    that are computed alone have no text beside them."""
+    from flux2_pack.flux2_core.kernels import table
+
+    def fail(*_):
+        raise RuntimeError("the tensor is empty")
+
+    def install(name: str) -> None:
+        op = table.OPS[name]
+        monkeypatch.setattr(op, "candidates", [table.Candidate("fussy", 99, lambda _: None, fail)])
+        monkeypatch.setattr(op, "chosen", {})
+
+    return install
+
+
 outcomes: dict[Path, dict[str, str | None]] = {}
 
 

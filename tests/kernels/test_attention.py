@@ -131,6 +131,22 @@ def test_accuracy_comes_first(install, noise, exact, reason):
     assert why("fake") == reason
 
 
+def test_one_that_misreads_the_layout_is_refused(install):
+    """A token's heads lie beside each other in queries and keys too, not in values alone."""
+    fake = Fake()
+    run = fake.run
+
+    def misread(q, k, v):
+        stride = torch.empty(q.shape).stride()
+        return run(q.as_strided(q.shape, stride), k, v)
+
+    fake.run = misread
+    install(fake, sdpa=2.0, fake=1.0)
+    q, k, v = qkv()
+    assert torch.equal(attend(q, k, v), sdpa(q, k, v).transpose(1, 2).flatten(2))
+    assert "its error is" in why("fake")
+
+
 def test_one_that_does_not_import_or_fails_is_refused(install):
     broken = Fake("broken", fails=RuntimeError("no kernel image is available\nmore"))
     absent = Fake("absent")

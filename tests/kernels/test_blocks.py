@@ -185,6 +185,15 @@ def test_operations_hold_together(name):
 
 
 @pytest.mark.parametrize("name", calls())
+def test_no_rows_are_asked_of_nobody(name, fussy):
+    fussy(name)
+    args = calls()[name]
+    few = [t[:0] for t in args[: 1 if name == "int8_linear" else 2]]
+    y = operation(name)(*few, *args[len(few) :])
+    assert y.shape == (0, N) and y.dtype == BF16
+
+
+@pytest.mark.parametrize("name", calls())
 def test_tensors_that_do_not_fit_are_refused(name):
     args = calls()[name]
     args[-2 if name == "int8_linear" else -1] = torch.ones(3, 5, dtype=torch.uint8)

@@ -81,7 +81,7 @@ def test_in_one_pass(parts, monkeypatch):
 
 def test_it_is_off_until_measured(monkeypatch):
     monkeypatch.setattr(table, "architecture", lambda device: "sm_120")
-    monkeypatch.setattr(scaled, "_has_triton", lambda: True)
+    monkeypatch.setattr(scaled, "triton_missing", lambda: None)
     asked = []
 
     def found(op, *_):

@@ -243,6 +243,16 @@ def test_the_best_that_does_not_refuse(own_op):
     assert row.case == "up to 8 rows, 8, float32" and row.device == "cpu"
 
 
+@pytest.mark.parametrize("name", ["fp8_linear", "fp8_weight_linear", "fp8_linear_fused"])
+def test_no_rows_are_asked_of_nobody(name, fussy):
+    fussy(name)
+    weight, scale = codes(24, 64), torch.rand(24, 1)
+    made = torch.empty(0, 64)
+    rows = (made.bfloat16(),) if name == "fp8_weight_linear" else (made.to(E4M3), made[:, :1])
+    y = getattr(kernels, name)(*rows, weight, scale)
+    assert y.shape == (0, 24) and y.dtype == BF16
+
+
 def test_a_failing_implementation_is_switched_off(own_op, caplog):
     calls = []
 

@@ -71,7 +71,7 @@ def test_what_the_library_is_given(monkeypatch):
 
 
 def test_tuning_alone_switches_it_on(monkeypatch):
-    monkeypatch.setattr(scaled, "_has_triton", lambda: True)
+    monkeypatch.setattr(scaled, "triton_missing", lambda: None)
     found = {"arch": "sm_120", "is": None}
     monkeypatch.setattr(table, "architecture", lambda device: found["arch"])
     monkeypatch.setattr(tune, "found", lambda *_: found["is"])

@@ -138,7 +138,7 @@ def card(monkeypatch):
 
     def pretend(arch: str, found: tune.Found | None = None):
         monkeypatch.setattr(table, "architecture", lambda device: arch)
-        monkeypatch.setattr(scaled, "_has_triton", lambda: True)
+        monkeypatch.setattr(scaled, "triton_missing", lambda: None)
         monkeypatch.setattr(tune, "found", lambda *_: found)
         return torch.device("cuda", 0)
 

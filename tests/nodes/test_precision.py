@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from flux2_pack.flux2_core import kernels, narrow
 from flux2_pack.flux2_core.errors import Flux2Error
-from flux2_pack.flux2_core.formats import encode
+from flux2_pack.flux2_core.formats import Packed, encode
 from flux2_pack.flux2_core.kernels import table, tune
 from flux2_pack.flux2_core.kernels.reference import fp8_linear
 from flux2_pack.flux2_core.kernels.tiles import Tile
@@ -236,6 +236,32 @@ def test_the_hosts_own_patch_on_a_re_based_layer(graph, tuned):
     patched.detach()
     assert narrow.is_rebased(layer.held) and agree(pieces(model), before)
     assert torch.equal(toy.sampled(model), made)
+
+
+def test_the_hosts_patch_on_codes_without_a_scale(graph, tuned):
+    """They are not re-based while the patch is in, and weigh what they did after; a new file is
+    taken as it is, whatever stood beside the old one."""
+    state = toy.transformer(toy.KLEIN, 1)
+    name = "single_blocks.0.linear1"
+    for key in [k for k in state if BLOCK_LINEARS.fullmatch(k.removesuffix(".weight"))]:
+        codes = (state[key] * 448 / state[key].abs().max()).to(torch.float8_e4m3fn)
+        state[key] = Packed("float8_e4m3fn", tuple(codes.shape), {"weight": codes})
+    model = toy.ours(toy.KLEIN, state)
+    layer, before = layers(model)[name], pieces(model)
+    x = torch.randn(1, 3, layer.shape[1])
+    patched = model.clone()
+    key = f"diffusion_model.{name}.weight"
+    assert patched.add_patches({key: ("diff", (torch.ones(layer.shape),))}, 100.0)
+    tuned(True)
+    patched.load(patched.load_device, full_load=True)
+    with torch.inference_mode():
+        layer(x)
+        assert not narrow.is_rebased(layer.held)
+        patched.detach()
+        layer(x)
+    assert agree(pieces(model), before) and narrow.is_rebased(layer.held)
+    layer.load_state_dict({"weight": state[f"{name}.weight"].parts["weight"]})
+    assert list(layer.state_dict()) == ["weight"] and agree(pieces(model), before)
 
 
 @pytest.mark.parametrize("before", [True, False])
