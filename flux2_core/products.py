@@ -68,7 +68,7 @@ def product(x: Tensor, packed: Packed, how: Form | None) -> Tensor:
     How e4m3 codes meet bfloat16 is `kernels.fp8_weight_linear`'s affair."""
     rows, weight = x.reshape(-1, x.shape[-1]), packed.parts["weight"]
     if how is None:
-        if packed.format != FP8 or x.dtype != torch.bfloat16:
+        if packed.format != FP8 or not _by_codes(packed, x):
             return F.linear(x, packed.decode(x.dtype))
         return _shaped(kernels.fp8_weight_linear(rows, weight, _scale(packed)), x)
     if packed.format == INT8:
@@ -76,6 +76,15 @@ def product(x: Tensor, packed: Packed, how: Form | None) -> Tensor:
     if packed.format == FP8:
         return from_codes(kernels.quantize_rows(rows, how.maximum), packed, x, how.narrow)
     return from_codes(kernels.quantize_blocks(rows, packed.format, _whole(packed, x)), packed, x)
+
+
+def _by_codes(packed: Packed, x: Tensor) -> bool:
+    """True where fp8 weights are multiplied from their codes: always in bfloat16, else where a kernel
+    decodes them faster than PyTorch, to the same numbers."""
+    if x.dtype == torch.bfloat16:
+        return True
+    widths = (*packed.shape, _scale(packed).numel())
+    return serves("fp8_weight_linear", x.device, (x.dtype, E4M3), widths)
 
 
 class After(NamedTuple):

@@ -1,8 +1,9 @@
 """A transformer larger than the device: its blocks pass through two buffers, one after the other.
 
 The weights stay where they were loaded, mapped from the file for instance. While a block computes,
-the next one is copied; results are those of the whole model, bit for bit. For library use: inside
-ComfyUI the host moves weights.
+the next one is copied; results are those of the whole model, bit for bit (on a card where `bench tune`
+chose float16 sums, of the whole model without them). For library use: inside ComfyUI the host moves
+weights.
 """
 
 from collections.abc import Iterator
