@@ -35,7 +35,9 @@ Made = tuple[Tensor, ...]  # codes, scales; for formats with blocks also a scale
 
 def native(packed: Packed, x: Tensor) -> bool:
     """True where something faster than plain PyTorch multiplies this format with activations of its
-    own kind, or where the user has named what is to do it."""
+    own kind, or where the user has named what is to do it. Gradients need PyTorch's own."""
+    if differentiated(x):
+        return False
     form, (n, k) = packed.format, packed.shape
     if form == FP8:
         scale = packed.parts.get("weight_scale")
@@ -80,7 +82,9 @@ def product(x: Tensor, packed: Packed, how: Form | None) -> Tensor:
 
 def _by_codes(packed: Packed, x: Tensor) -> bool:
     """True where fp8 weights are multiplied from their codes: always in bfloat16, else where a kernel
-    decodes them faster than PyTorch, to the same numbers."""
+    decodes them faster than PyTorch, to the same numbers. Never where gradients are wanted."""
+    if differentiated(x):
+        return False
     if x.dtype == torch.bfloat16:
         return True
     widths = (*packed.shape, _scale(packed).numel())
@@ -154,7 +158,7 @@ def modulated(layer: Any, mod: Modulation, x: Tensor) -> Tensor | Codes:
     """(1 + scale) LayerNorm(x) + shift, as `layer` takes it."""
     if not _plain(mod, x):
         return mod.modulate(x)
-    if not takes_codes(layer, x):
+    if not takes_codes(layer, x, mod.shift):
         one = _fused("modulate", x.shape[-1:], x, mod.shift)
         return kernels.modulate(x, mod.shift, mod.scale) if one else mod.modulate(x)
     if layer.format == FP8:
@@ -175,7 +179,7 @@ def added(
         x = _after(before, best, first, x, y)
         return x, modulated(layer, second, x)
     y = before(y)
-    plain, coded = _plain(first, x) and _plain(second, x), takes_codes(layer, x)
+    plain, coded = _plain(first, x) and _plain(second, x), takes_codes(layer, x, y, second.shift)
     sides = first.gate, second.shift, second.scale
     if plain and coded and layer.format == FP8:
         best = form(layer, x)
@@ -195,7 +199,7 @@ def gated(mod: Modulation, x: Tensor, y: Tensor) -> Tensor:
 
 def activated(layer: Any, hidden: Tensor, attention: Tensor | None = None) -> Tensor:
     """layer([attention, SwiGLU(hidden)]); hidden (B, L, 2n), attention (B, L, m) or none."""
-    if not takes_codes(layer, hidden):
+    if not takes_codes(layer, hidden, *(() if attention is None else (attention,))):
         return layer(_numbers(hidden, attention))
     rows, beside = hidden.flatten(0, 1), None if attention is None else attention.flatten(0, 1)
     if layer.format == FP8:
@@ -235,7 +239,7 @@ def _one_pass(layer: Any, mod: Modulation, x: Tensor, y: Tensor) -> Form | None:
     """How x + gate layer(y) is computed in one pass, with the layer's LoRAs; None where it is not."""
     if getattr(layer, "format", None) != FP8 or not _plain(mod, x) or x.dtype != y.dtype:
         return None
-    watched = layer._forward_hooks or layer._forward_pre_hooks
+    watched = layer._forward_hooks or layer._forward_pre_hooks or differentiated(x, y, mod.gate)
     if watched or not layer.is_native(y) or not are_low_rank(layer.branches):
         return None
     low = any(change.strength for change in layer.branches)
@@ -252,9 +256,10 @@ def _after(layer: Any, best: Form, mod: Modulation, x: Tensor, y: Tensor) -> Ten
     return layer.from_codes(made, x, best.narrow, after)
 
 
-def takes_codes(layer: Any, x: Tensor) -> bool:
+def takes_codes(layer: Any, x: Tensor, *others: Tensor) -> bool:
+    """True where a layer takes what is made of these as codes."""
     asked = getattr(layer, "takes_codes", None)
-    return asked is not None and asked(x)
+    return asked is not None and asked(x) and not differentiated(*others)
 
 
 def _fused(op: str, widths: tuple[int, ...], x: Tensor, *others: Tensor) -> bool:

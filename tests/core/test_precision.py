@@ -1,5 +1,6 @@
 """In which precision layers are stored and computed, the fused passes, and the guard."""
 
+import copy
 import logging
 
 import pytest
@@ -175,6 +176,30 @@ def test_passes_between_numbers_leave_gradients_alone(passes):
         found.append(given["x"].grad)
     assert "modulate" in passes  # of the text, at first
     assert error(found[1], found[0]) < 1e-4  # seen 2e-6
+
+
+@pytest.mark.parametrize("form", ["fp8", "nvfp4", "int8"])
+@pytest.mark.parametrize("asked", ["x", "modulation"])
+@pytest.mark.parametrize("wish", ["auto", "reference"])
+def test_codes_leave_gradients_alone(form, asked, wish):
+    """Whoever wants them gets those of the decoded weights: rounding to codes has none."""
+    quantised, found = quantize(toy(KLEIN).bfloat16(), form), []
+    decoded = copy.deepcopy(quantised)
+    for name, layer in list(decoded.named_modules()):
+        if isinstance(layer, QuantLinear):
+            plain = torch.nn.Linear(*layer.shape[::-1], bias=False).requires_grad_(False)
+            plain.weight.copy_(layer.packed.decode())
+            decoded.set_submodule(name, plain.bfloat16())
+    for model in (decoded, quantised):
+        given = inputs(1) | {"x": inputs(1)["x"].bfloat16()}
+        modulation = model.double_stream_modulation_img.lin.weight
+        leaf = modulation if asked == "modulation" else given["x"]
+        with kernels.use(wish):
+            leaf.requires_grad_()
+            model(**given).float().square().sum().backward()
+        found.append(leaf.grad.float())
+    assert found[0].norm() > 0
+    assert decibels(found[1], found[0]) > 25
 
 
 def test_norms_that_somebody_watches_are_called(passes):
