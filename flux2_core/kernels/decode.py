@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jit import kernel, triton_missing
-from .producers import FLOATS
+from .jit import kernel
+from .producers import _refuses
 from .table import Case, register
 
 if TYPE_CHECKING:
@@ -54,15 +54,11 @@ def weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     return F.linear(x, decoded(weight, weight_scale, x.dtype))
 
 
-def _refuses(case: Case) -> str | None:
-    if case.device.type != "cuda" or not case.arch.startswith("sm_") or int(case.arch[3:]) < 80:
-        return "it needs an NVIDIA GPU, sm_80 or newer"
-    if case.dtypes[0] not in FLOATS:
-        return f"it does not write {str(case.dtypes[0]).removeprefix('torch.')}"
-    return triton_missing()
+def _needs(case: Case) -> str | None:
+    return _refuses(case._replace(dtypes=case.dtypes[:1]), 80, 0, fp8=False)
 
 
-register("fp8_weight_linear", "decoded", 30, weight_linear, _refuses)
+register("fp8_weight_linear", "decoded", 30, weight_linear, _needs)
 
 _types = {"codes": "*u8", "scale": "*fp32", "out": "*bf16", "n": "i32", "scale_row": "i32"}
 GATE = ((decode_kernel, _types, {"BLOCK": BLOCK}, WARPS, 1, (80, 86, 89, 90, 100, 120)),)

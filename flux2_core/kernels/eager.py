@@ -173,15 +173,20 @@ def cpu_weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor
 
 def decode(codes: Tensor, bits: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """codes (R, K), memory int16 (R, K), scale (R, 1) -> bfloat16 (R, K) in that memory, exact, and
-    the scale, NaN for rows with a NaN code.
+    the scale, NaN for rows with a NaN code."""
+    broken = (codes.view(torch.uint8) & 0x7F).amax(1, keepdim=True) == E4M3_NAN
+    return shifted(codes, bits), scale.masked_fill(broken, torch.nan)
 
-    PyTorch's own conversion takes six times as long. Sign and the other seven bits, moved to their
-    places in bfloat16, make the number times 2^-120; so small that matrix instructions take it for
-    zero, which is why the factor is not left to the scale.
+
+def shifted(codes: Tensor, bits: Tensor) -> Tensor:
+    """e4m3 codes, int16 memory of their shape -> bfloat16 in that memory, exact but for NaN: 480.
+
+    A CPU has no instruction for it, and PyTorch's own conversion takes six times as long. Sign and the
+    other seven bits, moved to their places in bfloat16, make the number times 2^-120; so small that
+    matrix instructions take it for zero, which is why the factor is not left to the scale.
     """
     bits.copy_(codes.view(torch.int8)).bitwise_left_shift_(4).bitwise_and_(0x87F0 - 0x10000)
-    broken = (codes.view(torch.uint8) & 0x7F).amax(1, keepdim=True) == E4M3_NAN
-    return bits.view(torch.bfloat16).mul_(2.0**120), scale.masked_fill(broken, torch.nan)
+    return bits.view(torch.bfloat16).mul_(2.0**120)
 
 
 def _cpu_refuses(case: Case) -> str | None:

@@ -128,6 +128,15 @@ def quantize_rows_kernel(
 
 
 @kernel
+def _with_gated(u, v, y, gate, i, j, mask):
+    """A row in two blocks, u and v + gate y, in float32."""
+    u += tl.load(gate + i).to(tl.float32) * tl.load(y + i).to(tl.float32)
+    g = tl.load(gate + j, mask=mask, other=0.0).to(tl.float32)
+    v += g * tl.load(y + j, mask=mask, other=0.0).to(tl.float32)
+    return u, v
+
+
+@kernel
 def modulate_quantize_kernel(
     x, y, gate, shift, scale, x_new, codes, scales, whole, top, unit, rows, n, wide, inverse_n,
     x_batch, x_row, y_batch, y_row, gate_batch, shift_batch, scale_batch,
@@ -144,9 +153,7 @@ def modulate_quantize_kernel(
     if GATED:
         y += b * y_batch + line * y_row
         gate += b * gate_batch
-        u += tl.load(gate + i).to(tl.float32) * tl.load(y + i).to(tl.float32)
-        g = tl.load(gate + j, mask=mask, other=0.0).to(tl.float32)
-        v += g * tl.load(y + j, mask=mask, other=0.0).to(tl.float32)
+        u, v = _with_gated(u, v, y, gate, i, j, mask)
         # the norm is of what is stored
         u_new, v_new = u.to(x_new.dtype.element_ty), v.to(x_new.dtype.element_ty)
         tl.store(x_new + row * n + i, u_new)
@@ -177,11 +184,9 @@ def gated_add_kernel(
     x += b * x_batch + line * x_row
     y += b * y_batch + line * y_row
     gate += b * gate_batch
-    u = tl.load(gate + i).to(tl.float32) * tl.load(y + i).to(tl.float32)
-    u += tl.load(x + i).to(tl.float32)
-    v = tl.load(gate + j, mask=mask, other=0.0).to(tl.float32)
-    v *= tl.load(y + j, mask=mask, other=0.0).to(tl.float32)
-    v += tl.load(x + j, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(x + i).to(tl.float32)
+    v = tl.load(x + j, mask=mask, other=0.0).to(tl.float32)
+    u, v = _with_gated(u, v, y, gate, i, j, mask)
     tl.store(out + row * n + i, u.to(out.dtype.element_ty))
     tl.store(out + row * n + j, v.to(out.dtype.element_ty), mask=mask)
 

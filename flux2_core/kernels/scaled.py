@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tune
+from .eager import shifted
 from .jit import triton_missing
 from .table import Case, register
 
@@ -111,17 +112,12 @@ def decoded_weight_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Te
 
 
 def decoded(codes: Tensor) -> Tensor:
-    """e4m3 codes (R, C) -> bfloat16, exact but for NaN, which a CPU decodes to 480.
-
-    A CPU has no instruction for it and PyTorch's own conversion is slow: sign and the other seven
-    bits are shifted to their places in bfloat16, which makes the number times 2^-120.
-    """
+    """e4m3 codes (R, C) -> bfloat16, exact but for NaN, which a CPU decodes to 480."""
     if codes.device.type != "cpu":
         return codes.to(BF16)
     out = torch.empty(codes.shape, dtype=BF16)
-    for part, bits in _chunks(out, codes.view(torch.int8)):
-        part.view(torch.int16).copy_(bits).mul_(16).bitwise_and_(0x87F0 - (1 << 16))
-        part.mul_(2.0**120)
+    for part, some in _chunks(out, codes):
+        shifted(some, part.view(torch.int16))
     return out
 
 
