@@ -8,8 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from . import kernels
-from .kernels.attention import differentiated
-from .kernels.table import serves
+from .kernels.table import differentiated, serves
 from .layers import QKNorm
 from .positions import rotate
 

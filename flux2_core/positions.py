@@ -4,10 +4,14 @@ Text lives on the last axis only, pictures on the first three. Reference i (from
 coordinate 10 + 10 i and its own grid from (0, 0).
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Table = tuple[Tensor, Tensor]  # cos, sin
 
 REFERENCE_T = 10  # time coordinate of the first reference, and the step to the next
 
@@ -56,6 +60,27 @@ def rope(ids: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Tensor, 
     return angle.cos().float(), angle.sin().float()
 
 
+def kept(make: Callable[..., Table]) -> Any:
+    """Remembers what a table was made of, between steps: one of 20,000 tokens is no small work. A
+    compiled graph makes it anew: what is kept would tie it to one size."""
+    remembered = lru_cache(maxsize=16)(make)
+
+    @wraps(make)
+    def table(*args: Any) -> Table:
+        return (make if torch.compiler.is_compiling() else remembered)(*args)
+
+    made: Any = table
+    made.cache_clear = remembered.cache_clear
+    return made
+
+
+def near(ids: Tensor, device: torch.device) -> Tensor:
+    """Where a table of these ids is made: on the CPU, but in a compiled graph on the GPU itself."""
+    on_gpu = torch.compiler.is_compiling() and device.type == "cuda"
+    return ids.to(device) if on_gpu else ids
+
+
+@kept
 def rope_table(
     text: int,
     picture: tuple[int, int],
@@ -64,24 +89,12 @@ def rope_table(
     theta: float,
     device: torch.device,
     origin: tuple[int, int] = (0, 0),
-) -> tuple[Tensor, Tensor]:
-    """`rope` of a whole sequence, kept between steps: the table of 20,000 tokens is no small work.
-    A compiled graph makes it anew, on the GPU itself: what is kept would tie it to one size."""
-    make = _rope_table if torch.compiler.is_compiling() else _kept_rope_table
-    return make(text, picture, references, axes_dim, theta, device, origin)
-
-
-def _rope_table(text, picture, references, axes_dim, theta, device, origin):
+) -> Table:
+    """`rope` of a whole sequence."""
     with torch.inference_mode(False), torch.no_grad():
-        ids = sequence_ids(text, picture, references, origin)
-        if torch.compiler.is_compiling() and device.type == "cuda":
-            ids = ids.to(device)
+        ids = near(sequence_ids(text, picture, references, origin), device)
         cos, sin = rope(ids, axes_dim, theta)
     return cos.to(device), sin.to(device)
-
-
-_kept_rope_table = lru_cache(maxsize=16)(_rope_table)
-rope_table.cache_clear = _kept_rope_table.cache_clear
 
 
 def rotate(x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:

@@ -18,10 +18,9 @@ from . import kernels, narrow
 from .beside import are_low_rank, low_rank
 from .formats import Packed
 from .kernels import choice
-from .kernels.attention import differentiated
 from .kernels.choice import PLAIN, Form
 from .kernels.reference import E4M3
-from .kernels.table import serves
+from .kernels.table import differentiated, serves
 from .kernels.tiles import FEW_ROWS
 from .layers import Modulation, swiglu
 
@@ -165,7 +164,7 @@ def modulated(layer: Any, mod: Modulation, x: Tensor) -> Tensor | Codes:
         best = form(layer, x)
         made = kernels.modulate_quantize(x, mod.shift, mod.scale, best.maximum)
         return Codes(made, x, best.narrow)
-    how = (layer.format, _whole(layer.packed, x))
+    how = (layer.format, _whole(layer.held, x))
     return Codes(kernels.modulate_quantize_blocks(x, mod.shift, mod.scale, *how), x)
 
 
@@ -206,7 +205,7 @@ def activated(layer: Any, hidden: Tensor, attention: Tensor | None = None) -> Te
         best = form(layer, hidden)
         made = kernels.swiglu_quantize(rows, beside, best.maximum)
         return layer.from_codes(made, hidden, best.narrow)
-    how = (layer.format, _whole(layer.packed, hidden))
+    how = (layer.format, _whole(layer.held, hidden))
     return layer.from_codes(kernels.swiglu_quantize_blocks(rows, beside, *how), hidden)
 
 

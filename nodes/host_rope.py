@@ -1,11 +1,9 @@
 """Where pictures and references stand, in all the ways that the host's nodes can ask for."""
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
-from ..flux2_core.positions import rope, text_ids
+from ..flux2_core.positions import kept, near, rope, text_ids
 
 Grid = tuple[int, int, float, int, int]  # height, width, time, row and column of the first token
 
@@ -61,20 +59,10 @@ def angles(points: Tensor, axes_dim: tuple[int, ...], theta: float) -> tuple[Ten
     return cos.reshape(shape), sin.reshape(shape)
 
 
+@kept
 def table(text: int, grids: tuple[Grid, ...], bend: tuple, axes_dim, theta, device):
-    """cos, sin of [text, grids], each (T, D / 2), kept between steps. A compiled graph makes it anew,
-    on the GPU itself: what is kept would tie it to one size."""
-    make = _table if torch.compiler.is_compiling() else _kept_table
-    return make(text, grids, bend, axes_dim, theta, device)
-
-
-def _table(text: int, grids: tuple[Grid, ...], bend: tuple, axes_dim, theta, device):
+    """cos, sin of [text, grids], each (T, D / 2)."""
     with torch.inference_mode(False), torch.no_grad():
-        points = torch.cat(ids(text, grids, bend))
-        if torch.compiler.is_compiling() and device.type == "cuda":
-            points = points.to(device)
+        points = near(torch.cat(ids(text, grids, bend)), device)
         cos, sin = angles(points, axes_dim, theta)
     return cos.to(device), sin.to(device)
-
-
-_kept_table = lru_cache(maxsize=16)(_table)

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import Flux2Error
 from .attention_providers import PROVIDERS, LseKernel, Provider
 from .ops import define, fp8_linear
-from .table import Row, Wish
+from .table import Row, Wish, differentiated
 
 log = logging.getLogger(__name__)
 
@@ -302,10 +302,6 @@ def _once(call: Callable[[], Any], device: torch.device) -> float:
 def _failed(error: Exception) -> str:
     line = (str(error).strip().splitlines() or ["no message"])[0][:200]
     return f"it failed: {type(error).__name__}: {line}"
-
-
-def differentiated(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _capturing(device: torch.device) -> bool:

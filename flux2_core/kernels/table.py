@@ -188,6 +188,11 @@ def _serves(op: str, device: torch.device, dtypes, widths, rows: int, changes: i
 _serves._dynamo_marked_constant = True
 
 
+def differentiated(*tensors: torch.Tensor) -> bool:
+    """True where gradients are wanted, which our operations do not give: PyTorch's own then serve."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 # ---------------------------------------------------------------------------------- the user's wish
 
 
