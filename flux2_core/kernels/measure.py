@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import Flux2Error
 from . import decode, gemm, replicated, scaled
-from .reference import quantize_rows
+from .reference import E4M3_MAX, quantize_rows
 from .tiles import Tile
 from .tune import Shape
 
@@ -52,12 +52,11 @@ class Bench:
         )
         if op == "fp8_weight_linear":
             return x, weight, weight_scale
-        codes, scale = quantize_rows(x)
+        top = E4M3_MAX
         if op.endswith("narrow"):
             gemm.rebase(weight)
-            top = gemm.ACTIVATION_MAX[depth]
-            codes, scale = (codes.float() * (top / 448)).to(codes.dtype), scale * (448 / top)
-            weight_scale = weight_scale * gemm.REBASE
+            weight_scale, top = weight_scale * gemm.REBASE, gemm.ACTIVATION_MAX[depth]
+        codes, scale = quantize_rows(x, top)
         sizes: list[tuple[int, ...]] = []
         if "fused" in op or "lora" in op:
             sizes = [(shape.rows, shape.columns), (shape.columns,)]

@@ -117,15 +117,21 @@ def test_a_lora_beside_layers_that_compute_in_fp8(graph, tmp_path):
 def test_offloaded_codes_are_multiplied_as_codes(graph):
     """With room for a part of the weights only."""
     model = load(graph, precision="fp8")
+    with kernels.use("reference"):
+        assert torch.equal(*in_part_and_whole(model))
+
+
+def in_part_and_whole(model) -> list:
+    """What a pass gives with room for a part of the weights, and with room for all."""
     x, context = given()
     outs = []
-    with kernels.use("reference"), torch.inference_mode():
+    with torch.inference_mode():
         for how in ({"lowvram_model_memory": 1}, {"full_load": True}):
             model.load(model.load_device, **how)
             net = model.model.diffusion_model
             outs.append(net(x, torch.ones(1), context, transformer_options={}))
             model.detach()
-    assert torch.equal(*outs)
+    return outs
 
 
 @pytest.mark.parametrize("cached", [None, "Flux2KitReferenceCache", "Flux2KitStepCache"])
@@ -203,15 +209,7 @@ def test_re_based_layers_in_the_host(graph, tuned, tmp_path):
     assert all(narrow.is_rebased(m.held) for m in layers(model).values())
     assert decibels(made, stock) > 20  # seen 26.3
     assert agree(pieces(model), before)
-    x, context = given()
-    outs = []
-    with torch.inference_mode():
-        for how in ({"lowvram_model_memory": 1}, {"full_load": True}):
-            model.load(model.load_device, **how)
-            net = model.model.diffusion_model
-            outs.append(net(x, torch.ones(1), context, transformer_options={}))
-            model.detach()
-    assert torch.equal(*outs)
+    assert torch.equal(*in_part_and_whole(model))
     assert torch.equal(toy.sampled(model.clone()), made)
     assert decibels(toy.sampled(patched), changed) > 20  # seen 26.1
     assert agree(pieces(model), before)

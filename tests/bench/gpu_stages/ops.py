@@ -220,8 +220,7 @@ def _own_products(b: Bench, x, left: tuple, right: tuple) -> None:
     plain = numbers(codes, scale).double() @ numbers(weight, w_scale).double().T
     whole = residual.double() + gate.double() * (plain + low.double() @ up.double().T)
     parts = gemm.Epilogue(residual, gate, low, up)
-    small, base = gemm.ACTIVATION_MAX[SLICED.k] / 448, weight.clone()
-    narrow = ((codes.float() * small).to(E4M3), scale / small)
+    base, narrow = weight.clone(), kernels.quantize_rows(x, gemm.ACTIVATION_MAX[SLICED.k])
     gemm.rebase(base)
     w_based = w_scale * gemm.REBASE
     sliced = numbers(*narrow).double() @ numbers(base, w_based).double().T
